@@ -1,0 +1,61 @@
+"""What a draw of tokens needs, as flat arrays: the contract between engine and samplers.
+
+A drawn token is a function of (logits, parameters, seed, choice, position) alone. The noise is
+counter-based (Philox-4x32-10, Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"),
+and drawing is Gumbel-max: argmax over the kept tokens of logit / temperature + noise. So the batch
+that a token shares, a preemption, a migration or a speculative guess do not change what is drawn.
+
+    key      = (seed low 32, seed high 32)
+    counter  = (position, choice, token_id // 4, 0); token_id % 4 picks the output word
+    uniform  = (word >> 8) * 2**-24 + 2**-25, a float32 in (0, 1) exclusive
+    noise    = -log(-log(uniform)), float32
+
+Order of the filters, per draw: edits (allowed mask, bias, repetition, then frequency and presence
+penalties, over a private copy of the row), temperature, top-k, top-p, min-p, draw. Greedy
+(temperature 0) is argmax after the edits; ties go to the lowest token id everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class LogitEdits:
+    """Changes to single logits, sparse over the N draws of a batch (CSR-like offsets)."""
+
+    repetition: np.ndarray  # [N] float32; logit / r if positive else * r, for tokens in the history
+    frequency: np.ndarray  # [N] float32; minus f * count in the output part of the history
+    presence: np.ndarray  # [N] float32; minus p if in the output part of the history
+    history: np.ndarray  # [sum] int32 token ids, prompt then output, of each draw
+    history_start: np.ndarray  # [N + 1] int32
+    num_prompt: np.ndarray  # [N] int32: leading tokens of the draw's history that are prompt
+    bias_ids: np.ndarray  # [sum] int32
+    bias_values: np.ndarray  # [sum] float32 added to the logit; -inf bans the token
+    bias_start: np.ndarray  # [N + 1] int32
+    allowed: np.ndarray  # [M, ceil(V / 32)] uint32 bit masks: bit t % 32 of word t // 32
+    allowed_row: np.ndarray  # [N] int32 row of `allowed`, -1 for no restriction
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """N draws from R rows of logits; several draws may share a row (n > 1)."""
+
+    rows: np.ndarray  # [N] int32 row of the logits [R, V]
+    temperature: np.ndarray  # [N] float32, 0 = greedy
+    top_k: np.ndarray  # [N] int32, 0 = all
+    top_p: np.ndarray  # [N] float32 in (0, 1]
+    min_p: np.ndarray  # [N] float32 in [0, 1]; keep tokens with probability >= min_p * the largest
+    seed: np.ndarray  # [N] uint64
+    choice: np.ndarray  # [N] uint32 index of the parallel sample
+    position: np.ndarray  # [N] uint32 absolute position of the token to draw
+    edits: LogitEdits | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Every draw is an argmax of its unedited row."""
+        return self.edits is None and not self.temperature.any()
