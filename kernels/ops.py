@@ -78,7 +78,9 @@ class Rope:
 class Ops(Protocol):
     """Fused operations; `pack_*` at load time, the rest while the model runs or is recorded."""
 
-    def pack_linear(self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]) -> Linear:
+    def pack_linear(
+        self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
+    ) -> Linear:
         """Stack [N_i, K] matrices along N (fused QKV is one call) into one packed [N, K]."""
 
     def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Linear:

@@ -1,0 +1,1 @@
+"""What the outside speaks: OpenAI wire types, errors, sampling parameters."""
