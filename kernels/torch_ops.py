@@ -1,0 +1,323 @@
+"""The operations of `ops.Ops` computed at once on torch tensors: any device torch has.
+
+Life of a `TorchOps`: construct it with the cache it owns; `pack_*` while weights load; then for
+every step `begin(StepInputs)`, which moves the step's arrays to the device in one transfer, and the
+model's forward pass over the operations, which returns the logits.
+
+On CUDA norms, cache write and attention are the Triton kernels of `quire.kernels.triton` (imported
+on that path only). Elsewhere they are vectorised torch: the fallback for a CPU without a compiler.
+The cache is in `KvOrder.PLAIN`. The residual stream is float32 [T, H], as on the recording path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from quire.kernels.layout import BLOCK_SIZE, KvLayout, KvOrder
+from quire.kernels.ops import Rope
+from quire.kernels.reference import LayerCache, cache_slots, norm_and_rotate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quire.kernels.ops import AttentionShape, StepInputs
+    from quire.kernels.reference import QkNorms
+
+LOGIT_CHUNK = 1 << 20
+"""Weights converted to float32 at a time for logits on CPU: what stays in a core's cache."""
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A weight [N, K] with its bias [N], on the ops' device."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """The arrays of one step: int32 and int64 on the device, and the originals for host loops."""
+
+    inputs: StepInputs
+    token_ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    block: torch.Tensor  # [T] int64, block of the pool each row is written to
+    slot: torch.Tensor  # [T] int64, slot in that block
+    logit_rows: torch.Tensor  # [R]
+    block_tables: torch.Tensor  # [S, B]
+    plans: dict[object, object] = field(default_factory=dict)
+    """What the kernels derive from the arrays once per step and share between layers."""
+
+    @classmethod
+    def of(cls, inputs: StepInputs, device: torch.device) -> Step:
+        """Move the arrays in one transfer; the views below are slices of it."""
+        _, block, slot = cache_slots(inputs)
+        parts = [
+            inputs.token_ids,
+            inputs.positions,
+            block,
+            slot,
+            inputs.logit_rows,
+            inputs.block_tables.reshape(-1),
+        ]
+        flat = torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device)
+        sizes = [part.size for part in parts]
+        tokens, positions, blocks, slots, logit_rows, tables = torch.split(flat, sizes)
+        return cls(
+            inputs,
+            tokens,
+            positions,
+            blocks.long(),
+            slots.long(),
+            logit_rows,
+            tables.view(inputs.block_tables.shape),
+        )
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """What happens to the heads of q and k before attention in one layer."""
+
+    shape: AttentionShape
+    rope: Rope
+    norms: QkNorms | None
+
+
+class StepKernels(Protocol):
+    """The operations with a hand-written form on some device."""
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Normalise the last dimension in float32; result in `dtype`."""
+
+    def rope_and_cache(
+        self, qkv: torch.Tensor, cache: LayerCache, step: Step, rule: HeadRule
+    ) -> torch.Tensor:
+        """Normalise and rotate q and k, write k and v to the cache: q [T, nh, hd]."""
+
+    def attention(
+        self, q: torch.Tensor, cache: LayerCache, step: Step, shape: AttentionShape
+    ) -> torch.Tensor:
+        """Attention of q [T, nh, hd] over the cache: [T, nh, hd]."""
+
+
+def step_kernels(use_triton: bool) -> StepKernels:
+    """The kernels of a device. Raises ImportError where Triton is asked for and absent."""
+    if not use_triton:
+        return TorchKernels()
+    from quire.kernels.triton.kernels import TritonKernels
+
+    return TritonKernels()
+
+
+class TorchOps:
+    """Eager operations over a cache of `num_blocks` blocks in `pool`.
+
+    `pool` [num_blocks, nkv, layers, 2, 16 * hd] belongs to this object and is zero at first.
+    Raises ValueError for a layout that is not `KvOrder.PLAIN`.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        device: torch.device | str = "cpu",
+        use_triton: bool | None = None,
+    ) -> None:
+        """`use_triton` None means on CUDA only; True elsewhere needs Triton's interpreter."""
+        if layout.order is not KvOrder.PLAIN:
+            raise ValueError(f"TorchOps reads KvOrder.PLAIN, not {layout.order!r}")
+        self.layout = layout
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, layout.dtype)
+        self.kernels = step_kernels(
+            self.device.type == "cuda" if use_triton is None else use_triton
+        )
+        self.pool = torch.zeros(
+            (num_blocks, *layout.block_shape), dtype=self.dtype, device=self.device
+        )
+        self._step: Step | None = None
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    # --- load time --------------------------------------------------------------------------------
+
+    def pack_linear(
+        self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
+    ) -> PackedLinear:
+        """Stack [N_i, K] matrices along N. A missing bias beside a present one counts as zero."""
+        weight = self._own(torch.cat(list(weights)))
+        if all(b is None for b in bias):
+            return PackedLinear(weight)
+        rows = [
+            torch.zeros(w.shape[0]) if b is None else b.float()
+            for w, b in zip(weights, bias, strict=True)
+        ]
+        return PackedLinear(weight, self._own(torch.cat(rows)))
+
+    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> PackedLinear:
+        """Stack two [I, K] matrices: [2 I, K], gate first."""
+        return PackedLinear(self._own(torch.cat([gate, up])))
+
+    def pack_embedding(self, table: torch.Tensor) -> PackedLinear:
+        """A [V, H] table for `embed` and `logits`."""
+        return PackedLinear(self._own(table))
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+    def _here(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the ops' device, copied there once (a norm's weight, a rope table)."""
+        if tensor.device.type == self.device.type:
+            return tensor
+        # the original is kept too, so that its id is not given to another tensor
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = (tensor, tensor.to(self.device))
+        return self._copies[id(tensor)][1]
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> Step:
+        """The step in progress. Raises RuntimeError before the first `begin`."""
+        if self._step is None:
+            raise RuntimeError("begin(StepInputs) must come before the operations")
+        return self._step
+
+    def begin(self, inputs: StepInputs) -> None:
+        """Start a step: put its arrays on the device."""
+        self._step = Step.of(inputs, self.device)
+
+    def copy_blocks(self, pairs: np.ndarray) -> None:
+        """Copy blocks, pairs [n, 2] of (source, destination); no destination is also a source."""
+        index = torch.from_numpy(pairs.astype(np.int64)).to(self.device)
+        self.pool[index[:, 1]] = self.pool[index[:, 0]]
+
+    def embed(self, table: PackedLinear) -> torch.Tensor:
+        """Rows of the table for the step's tokens: float32 [T, H]."""
+        return F.embedding(self.step.token_ids, table.weight).float()
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Normalise the last dimension in float32; result in the model's dtype."""
+        return self.kernels.rms_norm(x, self._here(weight), eps, self.dtype)
+
+    def linear(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
+        """x [rows, K] @ w.T + bias: [rows, N]."""
+        return F.linear(x, w.weight, w.bias)
+
+    def linear_add(self, x: torch.Tensor, w: PackedLinear, residual: torch.Tensor) -> torch.Tensor:
+        """Add x @ w.T + bias to the float32 residual [rows, N], in place."""
+        return residual.add_(F.linear(x, w.weight, w.bias))
+
+    def gate_up_silu(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
+        """silu(x @ gate.T) * (x @ up.T): [rows, I]."""
+        gate, up = F.linear(x, w.weight).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def rope_and_cache(
+        self,
+        qkv: torch.Tensor,
+        layer: int,
+        shape: AttentionShape,
+        rope: Rope,
+        norms: QkNorms | None = None,
+    ) -> torch.Tensor:
+        """Normalise and rotate q and k, write k and v: q [T, nh, hd], which `attention` takes."""
+        if norms is not None:
+            norms = (self._here(norms[0]), self._here(norms[1]), norms[2])
+        rule = HeadRule(shape, Rope(self._here(rope.cos), self._here(rope.sin)), norms)
+        return self.kernels.rope_and_cache(qkv, self._cache(layer), self.step, rule)
+
+    def attention(self, qkv: torch.Tensor, layer: int, shape: AttentionShape) -> torch.Tensor:
+        """Attention of the q [T, nh, hd] that `rope_and_cache` returned: [T, nh * hd]."""
+        return self.kernels.attention(qkv, self._cache(layer), self.step, shape).flatten(1)
+
+    def _cache(self, layer: int) -> LayerCache:
+        return LayerCache(self.pool, self.layout, layer)
+
+    def take_logit_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows whose logits are wanted: [R, H]."""
+        return x[self.step.logit_rows]
+
+    def logits(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
+        """x [R, H] @ w.T, not rounded below float32: [R, V]."""
+        if w.weight.dtype == torch.float32:
+            return F.linear(x, w.weight)
+        if x.is_cuda:
+            return torch.mm(x, w.weight.T, out_dtype=torch.float32)
+        # CPU matmuls round their result to bf16, which would tie many logits: widen the weights
+        out = torch.empty(x.shape[0], w.weight.shape[0])
+        rows = max(1, LOGIT_CHUNK // w.weight.shape[1])
+        for start in range(0, w.weight.shape[0], rows):
+            part = w.weight[start : start + rows].float()
+            torch.mm(x.float(), part.T, out=out[:, start : start + rows])
+        return out
+
+
+class TorchKernels:
+    """The fallback: vectorised torch, one sequence at a time in attention."""
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Normalise the last dimension in float32; result in `dtype`."""
+        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(dtype)
+
+    def rope_and_cache(
+        self, qkv: torch.Tensor, cache: LayerCache, step: Step, rule: HeadRule
+    ) -> torch.Tensor:
+        """Normalise and rotate q and k, write k and v to the cache: q [T, nh, hd]."""
+        q, k, v = norm_and_rotate(qkv, step.positions, rule.shape, rule.rope, rule.norms)
+        # [num_blocks, nkv, 2, 16, hd], a view of the pool
+        tiles = cache.pool[:, :, cache.layer].view(
+            cache.pool.shape[0], -1, 2, cache.layout.block_size, cache.layout.head_dim
+        )
+        tiles[step.block, :, 0, step.slot] = k.to(tiles.dtype)
+        tiles[step.block, :, 1, step.slot] = v.to(tiles.dtype)
+        return q.to(qkv.dtype)
+
+    def attention(
+        self, q: torch.Tensor, cache: LayerCache, step: Step, shape: AttentionShape
+    ) -> torch.Tensor:
+        """Attention of q [T, nh, hd] over the cache by torch's fused kernel: [T, nh, hd]."""
+        out = torch.empty_like(q)
+        inputs = step.inputs
+        for s, length in enumerate(inputs.context_lens.tolist()):
+            rows = slice(int(inputs.query_start[s]), int(inputs.query_start[s + 1]))
+            queries = range(length - (rows.stop - rows.start), length)
+            first_key = 0 if shape.window is None else max(0, queries.start - shape.window + 1)
+            first_block = first_key // BLOCK_SIZE
+            blocks = step.block_tables[s, first_block : -(-length // BLOCK_SIZE)].long()
+            # [blocks, nkv, 2, tile] -> [2, nkv, keys, hd]
+            kv = cache.pool[blocks, :, cache.layer]
+            kv = kv.view(len(blocks), -1, 2, BLOCK_SIZE, shape.head_dim).permute(2, 1, 0, 3, 4)
+            kv = kv.flatten(2, 3)[:, :, : length - first_block * BLOCK_SIZE]
+            # q [1, nh, Q, hd]
+            out[rows] = F.scaled_dot_product_attention(
+                q[None, rows].transpose(1, 2),
+                kv[None, 0],
+                kv[None, 1],
+                attn_mask=_visible(queries, first_block * BLOCK_SIZE, shape.window, q.device),
+                scale=shape.scale,
+                enable_gqa=shape.num_heads != shape.num_kv_heads,
+            )[0].transpose(0, 1)
+        return out
+
+
+def _visible(
+    queries: range, first_key: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Which of the keys [first_key, queries.stop) each query sees: bool [Q, keys], None for all."""
+    if len(queries) == 1 and (window is None or queries.start - first_key < window):
+        return None
+    # [Q, 1], [1, keys]
+    query_at = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    key_at = torch.arange(first_key, queries.stop, device=device)[None]
+    visible = key_at <= query_at
+    return visible if window is None else visible & (key_at > query_at - window)
