@@ -1,0 +1,1 @@
+"""Which KV block holds what: allocation, reference counts, prefix cache."""

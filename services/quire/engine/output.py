@@ -1,0 +1,48 @@
+"""What the engine hands out: one `ChoiceOutput` per choice that a step gave tokens or ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quire.engine.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of a token under the raw logits, and the most likely alternatives."""
+
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What happened to a request before its first token."""
+
+    cached_tokens: int
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(slots=True)
+class ChoiceOutput:
+    """New tokens of one choice; `position` is the index of the first of them in its output."""
+
+    request_id: str
+    choice: int
+    position: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    admission: Admission | None = None
+    """On a request's first output."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Entry i is for prompt token i + 1; with the first output only."""
+    last_of_request: bool = False
+    """No other choice of the request is open any more."""

@@ -1,0 +1,151 @@
+"""A request and its sequences, as the scheduler sees them.
+
+A request asks for `n` choices; each choice is one `Sequence`. All tokens of a sequence, prompt and
+output, are one list; how far the KV cache has caught up with it is one number:
+
+    tokens   [0 ............ num_prompt ............ num_tokens)
+    in cache [0 .... num_computed)                                 chases num_tokens
+
+There is no "prefill" or "decode" state: a prefill, a chunk of one, a decode step, a recompute after
+preemption and a prefix-cache hit are all `num_computed` catching up with `num_tokens`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from quire.api import block_hash
+
+if TYPE_CHECKING:
+    from quire.api.sampling import SamplingParams
+    from quire.engine.output import TokenLogprob
+
+BLOCK_SIZE = block_hash.BLOCK_SIZE
+
+
+class FinishReason(Enum):
+    """Why a choice ended. Values are OpenAI's words where it has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    DEADLINE = "deadline"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """What a caller asks of the engine. Validated by `Engine.add_request`."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    """Seed of the draws; `params.seed` or one that the caller drew."""
+    priority: int = 0
+    """Lower is served first, under the priority policy."""
+    deadline: float | None = None
+    """time.monotonic() after which the answer is of no use."""
+    cache_salt: bytes = b""
+    """Tenant's salt: seeds the block hashes, so that prefixes are shared within a tenant only."""
+    emitted: list[list[int]] = field(default_factory=list)
+    """Tokens that earlier attempts produced, per choice; the answer goes on behind them."""
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request inside the engine: what its sequences share, and its times."""
+
+    request: EngineRequest
+    max_tokens: int
+    """Most output tokens per choice, within the model's context."""
+    stop_token_ids: frozenset[int]
+    """Tokens that end a choice, end-of-sequence included unless ignored."""
+    arrival: float = field(default_factory=time.monotonic)
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache when first scheduled."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Entry i scores prompt token i + 1; grows as the prompt is computed, kept after preemption."""
+    open_choices: int = 0
+    order: tuple[int, float] = (0, 0.0)
+    """Smaller is served first and preempted last: (priority if used, arrival)."""
+
+
+class Sequence:
+    """One choice of a request."""
+
+    __slots__ = (
+        "block_hashes",
+        "block_table",
+        "choice",
+        "finished",
+        "hash_root",
+        "num_computed",
+        "num_forks",
+        "num_promised",
+        "num_prompt",
+        "num_registered",
+        "seat",
+        "state",
+        "tokens",
+    )
+
+    def __init__(self, state: RequestState, choice: int, tokens: list[int], root: bytes) -> None:
+        self.state = state
+        self.choice = choice
+        self.tokens = tokens
+        self.num_prompt = len(state.request.prompt_token_ids)
+        self.num_computed = 0
+        """Tokens whose KV is in the cache."""
+        self.num_forks = 0
+        """Further choices to fork off when the first token is drawn."""
+        self.num_promised = 0
+        """Blocks of the pool's promise that are this sequence's."""
+        self.block_table: list[int] = []
+        self.hash_root = root
+        self.block_hashes = block_hash.extend(root, tokens)
+        """Hashes of the full blocks of `tokens`."""
+        self.num_registered = 0
+        """Leading blocks of the table that are registered in the prefix cache."""
+        self.seat = -1
+        """Row of the scheduler's per-sequence arrays while running."""
+        self.finished = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens known."""
+        return len(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens known."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def is_prefill(self) -> bool:
+        """More than the newest token is missing in the cache."""
+        return len(self.tokens) - self.num_computed > 1
+
+    def append(self, token: int) -> None:
+        """Add a drawn token and, when it fills a block, that block's hash."""
+        tokens = self.tokens
+        tokens.append(token)
+        if len(tokens) % BLOCK_SIZE == 0:
+            parent = self.block_hashes[-1] if self.block_hashes else self.hash_root
+            self.block_hashes += block_hash.extend(parent, tokens, len(tokens) - BLOCK_SIZE)
+
+    def fork(self, choice: int) -> Sequence:
+        """Another choice with the same tokens so far. The caller shares the blocks."""
+        child = Sequence.__new__(Sequence)
+        child.state, child.choice, child.tokens = self.state, choice, self.tokens.copy()
+        child.num_prompt, child.num_computed = self.num_prompt, self.num_computed
+        child.num_forks = child.num_promised = 0
+        child.block_table = self.block_table.copy()
+        child.hash_root, child.block_hashes = self.hash_root, self.block_hashes.copy()
+        child.num_registered = self.num_registered
+        child.seat, child.finished = -1, False
+        return child

@@ -1,0 +1,1 @@
+"""Executes step plans: one runner per rank, over one of the backends."""
