@@ -6,19 +6,20 @@ KV pool and makes the model's step ready to run; then `compute` and `sample`, st
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
+from quire.engine.runner.memory import available_host_bytes
 from quire.engine.scheduler.plan import LogprobArrays
 from quire.kernels import torch_sampler
-from quire.kernels.layout import KvLayout, KvOrder
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from quire.engine.models.llama import Llama
+    from quire.kernels.layout import KvLayout
     from quire.kernels.ops import Ops, StepInputs
     from quire.kernels.sampling import SamplingBatch
 
@@ -38,6 +39,8 @@ class Backend(Protocol):
 
     ops: Ops
     layout: KvLayout
+    device_type: str
+    """cpu or cuda."""
 
     def allocate(self, model: Llama, num_blocks: int) -> None:
         """Give the backend a zeroed pool of `num_blocks` and get the model's step ready to run.
@@ -52,11 +55,9 @@ class Backend(Protocol):
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> np.ndarray:
         """Draw tokens: [N] int32. Raises FloatingPointError when a draw has no finite logit."""
 
-    def available_bytes(self) -> int:
-        """Memory of the device not in use by anyone."""
-
-    def peak_bytes(self) -> int:
-        """Most memory this process has used on the device so far."""
+    def memory_bytes(self) -> tuple[int, int]:
+        """(available, total) memory of the device; on a CPU the total is what is available, as the
+        rest is other programs'."""
 
 
 class TorchBackend:
@@ -67,6 +68,7 @@ class TorchBackend:
 
         self.layout = layout
         self.device = torch.device(device)
+        self.device_type = self.device.type
         self.ops = TorchOps(layout, 1, device)
         self._model: Llama | None = None
 
@@ -98,17 +100,13 @@ class TorchBackend:
             raise FloatingPointError("a draw has no finite logit")
         return tokens.cpu().numpy()
 
-    def available_bytes(self) -> int:
-        """Memory of the device not in use by anyone."""
+    def memory_bytes(self) -> tuple[int, int]:
+        """(available, total) memory of the device."""
         if self.device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.device)[0])
-        return available_host_bytes()
-
-    def peak_bytes(self) -> int:
-        """Most memory this process has used on the device so far."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        return peak_host_bytes()
+            torch.cuda.empty_cache()
+            available, total = torch.cuda.mem_get_info(self.device)
+            return available, total
+        return available_host_bytes(), available_host_bytes()
 
 
 def gather_logprobs(
@@ -117,51 +115,3 @@ def gather_logprobs(
     """Log-probabilities of token_ids [L] at the rows [L] of logits [R, V], as numpy arrays."""
     found = torch_sampler.logprobs(logits, rows, token_ids, num_top)
     return LogprobArrays(*(part.cpu().numpy() for part in found))
-
-
-def kv_layout(num_layers: int, num_kv_heads: int, head_dim: int, dtype: str) -> KvLayout:
-    """The torch path's layout."""
-    return KvLayout(num_layers, num_kv_heads, head_dim, dtype, KvOrder.PLAIN)
-
-
-def available_host_bytes() -> int:
-    """Host memory that may still be used: what is free or reclaimable, within the cgroup's limit."""
-    free = _meminfo("MemAvailable")
-    for limit_file, usage_file in _CGROUP_FILES:
-        limit, usage = _read_number(limit_file), _read_number(usage_file)
-        if limit is not None and usage is not None:
-            free = min(free, max(limit - usage, 0))
-    return free
-
-
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
-def peak_host_bytes() -> int:
-    """Largest resident size of this process so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _meminfo(name: str) -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
-            for line in file:
-                if line.startswith(name):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _read_number(path: str) -> int | None:
-    try:
-        with open(path, encoding="ascii") as file:  # noqa: PTH123
-            text = file.read().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from quire.engine.request import BLOCK_SIZE
 
 GIB = 1 << 30
-SEATS_WORTH_ON_CPU = 2
-"""On a CPU the pool is not made larger than this many full-length requests per seat: host memory is
-everybody's, and prefixes beyond that are rarely met again."""
 
 
 class KvCacheTooSmall(ValueError):
@@ -40,3 +39,35 @@ def num_blocks(budget: KvBudget, block_bytes: int, max_model_len: int) -> int:
         f"({budget.source}): use --max-model-len {max(blocks * BLOCK_SIZE, 0)} or less, or give "
         f"--kv-cache-memory-bytes {needed * block_bytes} or more"
     )
+
+
+def available_host_bytes() -> int:
+    """Host memory that may still be used: free or reclaimable, within the cgroup's limit."""
+    free = _meminfo("MemAvailable")
+    for limit_file, usage_file in _CGROUP_FILES:
+        limit, usage = _read_number(limit_file), _read_number(usage_file)
+        if limit is not None and usage is not None:
+            free = min(free, max(limit - usage, 0))
+    return free
+
+
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _meminfo(name: str) -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        text = Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,163 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+    add_request / abort  ->  scheduler.schedule() -> StepPlan -> runner.execute(plan) -> StepResult
+                             -> scheduler.update() -> ChoiceOutputs
+
+Single-threaded: whoever owns the engine calls everything from one thread. `LLM` steps it in the
+caller's thread; a worker gives it a thread of its own (`loop.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from quire.api import block_hash
+from quire.api.errors import ApiError
+from quire.api.sampling import check_token_ids
+from quire.engine.kv.pool import BlockPool
+from quire.engine.request import EngineRequest, FinishReason, RequestState, Sequence
+from quire.engine.runner.load import load_model
+from quire.engine.scheduler.scheduler import Scheduler, SchedulerLimits
+
+if TYPE_CHECKING:
+    from quire.config.engine import EngineConfig
+    from quire.engine.output import ChoiceOutput
+    from quire.engine.runner.load import LoadedModel, Report
+
+RATE_WINDOW_S = 10.0
+"""Seconds over which the prefill rate is measured, for Retry-After."""
+RETRY_BOUNDS_S = (1.0, 30.0)
+
+
+class Engine:
+    """One model, its KV pool and its scheduler."""
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
+        self.config = config
+        self.model = loaded
+        self.runner = loaded.runner
+        self.pool = BlockPool(loaded.runner.num_blocks, caching=config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            SchedulerLimits(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=loaded.max_model_len,
+                max_logit_rows=loaded.runner.limits.max_logit_rows,
+                vocab_size=loaded.config.vocab_size,
+                watermark_blocks=int(config.watermark * loaded.runner.num_blocks),
+            ),
+        )
+        self._rate: deque[tuple[float, int]] = deque()
+
+    @classmethod
+    def load(cls, config: EngineConfig, report: Report) -> Engine:
+        """Load the model and build the engine. Raises ValueError with one line for the user."""
+        return cls(config, load_model(config, report))
+
+    @property
+    def has_work(self) -> bool:
+        """A request is waiting or running."""
+        return self.scheduler.has_work
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Check a request and queue it.
+
+        Raises ApiError: a 400 when it can never be served, `overloaded` (503 with Retry-After) when
+        the queue is full. Either way nothing of it stays behind.
+        """
+        self._check(request)
+        self._check_queue(request)
+        params = request.params
+        prompt = request.prompt_token_ids
+        room = self.model.max_model_len - len(prompt)
+        priority = request.priority if self.config.scheduling_policy == "priority" else 0
+        state = RequestState(
+            request=request,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            stop_token_ids=self._stop_ids(request),
+            order=(priority, time.monotonic()),
+        )
+        root = block_hash.root(self.model.fingerprint, salt=request.cache_salt)
+        if any(request.emitted):
+            sequences = [
+                Sequence(state, i, prompt + emitted, root)
+                for i, emitted in enumerate(request.emitted)
+            ]
+        else:
+            sequences = [Sequence(state, 0, list(prompt), root)]
+            sequences[0].num_forks = params.n - 1
+        self.scheduler.add(state, sequences)
+
+    def abort(self, request_id: str) -> list[ChoiceOutput]:
+        """End a request wherever it is. Unknown ids are ignored: it may just have finished."""
+        return self.scheduler.finish_request(request_id, FinishReason.ABORT)
+
+    def step(self) -> list[ChoiceOutput]:
+        """Run one step; what it gave to whom. Empty when there was nothing to do."""
+        now = time.monotonic()
+        outputs = self.scheduler.expire(now)
+        scheduled = self.scheduler.schedule()
+        if scheduled is None:
+            return outputs
+        result = self.runner.execute(scheduled.plan)
+        outputs += self.scheduler.update(scheduled, result)
+        self._note_rate(scheduled.plan.num_tokens)
+        return outputs
+
+    def reset_prefix_cache(self) -> int:
+        """Forget every cached prefix; returns how many blocks were."""
+        return self.pool.reset_cache()
+
+    def _stop_ids(self, request: EngineRequest) -> frozenset[int]:
+        eos = () if request.params.ignore_eos else self.model.config.eos_token_ids
+        return frozenset(eos) | frozenset(request.params.stop_token_ids)
+
+    def _check(self, request: EngineRequest) -> None:
+        prompt, params = request.prompt_token_ids, request.params
+        vocab_size, limit = self.model.config.vocab_size, self.model.max_model_len
+        if not prompt:
+            raise ApiError("invalid_value", "The prompt has no tokens.", "prompt")
+        if max(prompt) >= vocab_size or min(prompt) < 0:
+            message = f"The prompt names a token outside the vocabulary of {vocab_size}."
+            raise ApiError("integer_above_max_value", message, "prompt")
+        check_token_ids(params, vocab_size)
+        longest = max((len(tokens) for tokens in request.emitted), default=0)
+        if len(prompt) + longest >= limit:
+            message = (
+                f"This model's maximum context length is {limit} tokens. However, your request "
+                f"has {len(prompt)} input tokens, which leaves no room for output."
+            )
+            raise ApiError("context_length_exceeded", message, "prompt")
+        if params.n > self.config.max_num_seqs:
+            message = f"'n' is {params.n}; this engine runs {self.config.max_num_seqs} sequences."
+            raise ApiError("integer_above_max_value", message, "n")
+        if self.scheduler.has_request(request.request_id):
+            raise ApiError("invalid_value", "A request with this id is running.", "request_id")
+        if request.emitted and len(request.emitted) != params.n:
+            raise ApiError("invalid_value", "'emitted' must have one entry per choice.", "emitted")
+
+    def _check_queue(self, request: EngineRequest) -> None:
+        waiting = self.scheduler.waiting
+        tokens = waiting.num_tokens + len(request.prompt_token_ids)
+        full = waiting.num_sequences >= self.config.max_num_queued_reqs
+        if full or (waiting.num_sequences and tokens > self.config.max_num_queued_tokens):
+            message = "The server is overloaded. Please retry."
+            raise ApiError("overloaded", message, retry_after_s=self._retry_after())
+
+    def _note_rate(self, num_tokens: int) -> None:
+        now = time.monotonic()
+        self._rate.append((now, num_tokens))
+        while self._rate[0][0] < now - RATE_WINDOW_S:
+            self._rate.popleft()
+
+    def _retry_after(self) -> float:
+        """Seconds until half of the queue is worked off at the measured rate."""
+        low, high = RETRY_BOUNDS_S
+        if not self._rate:
+            return low
+        elapsed = max(time.monotonic() - self._rate[0][0], 0.1)
+        rate = sum(count for _, count in self._rate) / elapsed
+        return min(max(self.scheduler.waiting.num_tokens / 2 / max(rate, 1.0), low), high)

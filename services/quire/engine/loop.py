@@ -1,0 +1,144 @@
+"""The engine's own thread: takes in requests, steps, hands out tokens, shows that it lives.
+
+Other threads talk to it through the inbox only. What a step produced goes to one `Sink`, called on
+the engine thread: it must not block.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from quire.api.errors import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from quire.engine.engine import Engine
+    from quire.engine.output import ChoiceOutput
+    from quire.engine.request import EngineRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where the loop delivers. Called on the engine thread; must not block."""
+
+    def on_step(self, step: int, outputs: list[ChoiceOutput]) -> None:
+        """A step finished, or requests ended between steps."""
+
+    def on_rejected(self, request_id: str, error: ApiError) -> None:
+        """A submitted request was refused; nothing of it is left."""
+
+    def on_death(self, error: BaseException) -> None:
+        """The engine failed and the thread ends: every request in it is lost."""
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """A consistent look at the engine, taken between steps."""
+
+    steps: int
+    running: int
+    waiting: int
+    queued_tokens: int
+    blocks_free: int
+    blocks_cached: int
+    blocks_owned: int
+
+
+class EngineLoop:
+    """Runs an engine on a thread of its own until `stop`."""
+
+    def __init__(self, engine: Engine, sink: Sink) -> None:
+        self.engine = engine
+        self._sink = sink
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._last_progress = time.monotonic()
+        self._busy = False
+        self.state = self._look()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Stop after the step in progress; False when it did not end in time."""
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request; the sink hears of it. Any thread."""
+        self._inbox.put(lambda: self._add(request))
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its choices end with reason "abort". Any thread."""
+        self._inbox.put(lambda: self._deliver(self.engine.abort(request_id)))
+
+    def call(self, function: Callable[[Engine], None]) -> None:
+        """Run a function on the engine thread between two steps. Any thread."""
+        self._inbox.put(lambda: function(self.engine))
+
+    def stalled_s(self) -> float:
+        """Seconds without progress while there is work, 0 when idle. Any thread."""
+        return time.monotonic() - self._last_progress if self._busy else 0.0
+
+    def _run(self) -> None:
+        try:
+            while self._take_in():
+                self._step()
+        except BaseException as error:
+            logger.exception("the engine failed")
+            self._sink.on_death(error)
+
+    def _take_in(self) -> bool:
+        """Handle the inbox, waiting for it while there is nothing to step; False to stop."""
+        while True:
+            idle = not self.engine.has_work
+            if idle:
+                self._busy = False
+                self.state = self._look()
+            try:
+                command = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            if not self._busy:
+                self._last_progress = time.monotonic()
+                self._busy = True
+            command()
+
+    def _step(self) -> None:
+        outputs = self.engine.step()
+        self._last_progress = time.monotonic()
+        self.state = self._look()
+        self._deliver(outputs)
+
+    def _add(self, request: EngineRequest) -> None:
+        try:
+            self.engine.add_request(request)
+        except ApiError as error:
+            self._sink.on_rejected(request.request_id, error)
+
+    def _deliver(self, outputs: list[ChoiceOutput]) -> None:
+        self._sink.on_step(self.engine.scheduler.counters.steps, outputs)
+
+    def _look(self) -> EngineState:
+        scheduler = self.engine.scheduler
+        blocks = self.engine.pool.counts()
+        return EngineState(
+            steps=scheduler.counters.steps,
+            running=len(scheduler.running),
+            waiting=scheduler.waiting.num_sequences,
+            queued_tokens=scheduler.waiting.num_tokens,
+            blocks_free=blocks.free,
+            blocks_cached=blocks.cached,
+            blocks_owned=blocks.owned,
+        )

@@ -1,0 +1,76 @@
+"""Model runner: one rank's model, its KV pool, and the execution of step plans."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quire.engine.runner.backend import gather_logprobs
+from quire.engine.scheduler.plan import LogprobArrays, StepPlan, StepResult
+from quire.kernels.ops import StepInputs
+
+if TYPE_CHECKING:
+    import torch
+
+    from quire.engine.runner.backend import Backend, StepLimits
+
+
+class ModelRunner:
+    """Executes step plans on a backend whose pool is allocated."""
+
+    def __init__(self, backend: Backend, limits: StepLimits, num_blocks: int) -> None:
+        self.backend = backend
+        self.limits = limits
+        self.num_blocks = num_blocks
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Copy blocks, compute, draw. Raises FloatingPointError when the model gave no number."""
+        if len(plan.copies):
+            self.backend.copy_blocks(plan.copies)
+        logits = self.backend.compute(plan.inputs)
+        drawn = np.empty(0, np.int32)
+        if len(plan.sampling.rows):
+            drawn = self.backend.sample(logits, plan.sampling)
+        return StepResult(
+            token_ids=drawn,
+            logprobs=self._drawn_logprobs(plan, logits, drawn),
+            prompt_logprobs=self._prompt_logprobs(plan, logits),
+        )
+
+    def _drawn_logprobs(
+        self, plan: StepPlan, logits: torch.Tensor, drawn: np.ndarray
+    ) -> LogprobArrays | None:
+        draws = plan.logprob_draws
+        if not len(draws):
+            return None
+        rows = plan.sampling.rows[draws]
+        return gather_logprobs(logits, rows, drawn[draws], plan.num_logprobs)
+
+    def _prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> LogprobArrays | None:
+        if not len(plan.prompt_rows):
+            return None
+        top = plan.num_prompt_logprobs
+        return gather_logprobs(logits, plan.prompt_rows, plan.prompt_targets, top)
+
+
+def largest_step(limits: StepLimits, num_blocks: int) -> StepInputs:
+    """A step as large as `limits` allow on `num_blocks` blocks: for profiling and warm-up.
+
+    One long prompt of token 0 with, beside it, as many one-token sequences as there are seats.
+    """
+    blocks = min(num_blocks, limits.max_blocks_per_seq)
+    singles = min(limits.max_seqs - 1, limits.max_tokens - 1)
+    prompt = min(limits.max_tokens - singles, blocks * 16)
+    lengths = np.array([prompt] + [1] * singles, np.int32)
+    tables = np.zeros((1 + singles, blocks), np.int32)
+    tables[0] = np.arange(blocks)
+    num_tokens = int(lengths.sum())
+    return StepInputs(
+        token_ids=np.zeros(num_tokens, np.int32),
+        positions=np.concatenate([np.arange(prompt), np.zeros(singles)]).astype(np.int32),
+        query_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        context_lens=lengths,
+        block_tables=tables,
+        logit_rows=np.arange(min(num_tokens, limits.max_logit_rows), dtype=np.int32),
+    )
