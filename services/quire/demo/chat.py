@@ -88,6 +88,16 @@ class Message:
     content: str
 
 
+def parsed(source: str) -> ast.Module | None:
+    """The syntax tree; None for test files which are wrong on purpose."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            return ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
+
+
 def render(messages: list[Message]) -> str:
     """The text of a conversation, exactly as the chat template writes it."""
     turns = (f"<|{message.role}|>{message.content.strip()}<|end|>" for message in messages)
@@ -124,11 +134,8 @@ def _conversation(exchanges: list[tuple[str, str]], rng: random.Random) -> list[
 
 
 def _exchanges(file: SourceFile, rng: random.Random) -> Iterator[tuple[str, str]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(file.text)
-    except SyntaxError:  # test files which are wrong on purpose
+    tree = parsed(file.text)
+    if tree is None:
         return
     if about := ast.get_docstring(tree):
         yield rng.choice(EXPLAIN_MODULE).format(module=file.module), _shortened(about)

@@ -18,13 +18,13 @@ from quire.demo.tokens import (
     encode_documents,
     shuffled_stream,
     train_tokenizer,
-    with_split_spaces,
+    with_split_tokens,
 )
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SPLIT_SPACE_SHARE = 0.01
+SPLIT_TOKEN_SHARE = 0.02
 SMALL_TALK_COPIES = 40
 
 
@@ -54,7 +54,7 @@ def prepare_data(seed: int, tokenizer: Tokenizer | None = None) -> Data:
     stream = shuffled_stream(documents, seed)
     return Data(
         tokenizer=tokenizer,
-        train=with_split_spaces(tokenizer, stream, SPLIT_SPACE_SHARE, seed),
+        train=with_split_tokens(tokenizer, stream, SPLIT_TOKEN_SHARE, seed),
         held_out=encode_documents(tokenizer, held_out_texts),
         held_out_chats=encode_conversations(tokenizer, conversations(corpus.held_out, seed)),
         held_out_bytes=sum(len(text.encode()) for text in held_out_texts),

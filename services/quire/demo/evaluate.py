@@ -8,8 +8,10 @@ brings another library.
 from __future__ import annotations
 
 import argparse
+import ast
 import itertools
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from quire.demo import path
-from quire.demo.chat import Message, render
+from quire.demo.chat import Message, parsed, render
+from quire.demo.corpus import SourceFile, load_corpus
 from quire.demo.data import Data, prepare_data
 from quire.demo.export import load
 from quire.demo.ngrams import Floats, Trigram, unigram_probabilities
@@ -142,6 +145,38 @@ def complete(model: Llama, tokenizer: Tokenizer, prompt: str, sampling: Sampling
     return text
 
 
+def function_headers(files: list[SourceFile], count: int) -> list[str]:
+    """The first lines, up to the colon, of functions spread evenly over the files."""
+    headers = []
+    for file in files:
+        lines = file.text.splitlines()
+        for node in ast.walk(parsed(file.text) or ast.Module([], [])):
+            if isinstance(node, ast.FunctionDef) and node.body[0].lineno > node.lineno:
+                header = lines[node.lineno - 1 : node.body[0].lineno - 1]
+                headers.append(textwrap.dedent("\n".join(header)))
+    whole = sorted(header for header in headers if header.endswith(":"))
+    return whole[:: max(1, len(whole) // count)][:count]
+
+
+def parses(header: str, completion: str) -> bool:
+    """Whether the completed function is valid Python; what follows the function is ignored."""
+    body: list[str] = []
+    for line in completion.splitlines()[1:]:
+        if line and not line.startswith((" ", ")")):
+            break
+        body.append(line)
+    return parsed("\n".join([header, *body])) is not None
+
+
+def print_parsing_share(model: Llama, tokenizer: Tokenizer, count: int = 50) -> None:
+    """Print how many of `count` functions parse whose bodies the model samples."""
+    headers = function_headers(load_corpus().held_out, count)
+    sampling = Sampling(temperature=0.8, max_tokens=150)
+    good = sum(parses(text, complete(model, tokenizer, BOS + text, sampling)) for text in headers)
+    print(f"\nOf {len(headers)} functions from held-out files, completed from their header at")
+    print(f"temperature 0.8 with at most 150 tokens, {good} parse as Python.")
+
+
 def print_losses(model: Llama, tokenizer: Tokenizer) -> None:
     """Print the table of losses."""
     device = torch.device("cpu")
@@ -183,6 +218,7 @@ def main() -> None:
     model, tokenizer = load(args.folder)
     if not args.samples_only:
         print_losses(model, tokenizer)
+        print_parsing_share(model, tokenizer)
     print_samples(model, tokenizer)
 
 

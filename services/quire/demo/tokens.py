@@ -88,21 +88,43 @@ def shuffled_stream(documents: list[Tokens], seed: int) -> Tokens:
     return np.concatenate([documents[index] for index in order])
 
 
-def with_split_spaces(tokenizer: Tokenizer, stream: Tokens, share: float, seed: int) -> Tokens:
-    """Write a random share of the " word" tokens as " " and "word".
+def with_split_tokens(tokenizer: Tokenizer, stream: Tokens, share: float, seed: int) -> Tokens:
+    """Write a random share of the tokens that can be cut (`cuts`) as two pieces.
 
-    A prompt that ends in a space ends in a lone " " token, which the text never has before a
-    word: without this the model has not learnt what can follow.
+    A prompt may end in a newline, a space or a dot. The text has these in one token with what
+    follows ("\\n    ", " word", ".join"), so that without this the model has not learnt what can
+    come after them.
     """
-    bare = np.full(tokenizer.get_vocab_size(), -1, dtype=np.int64)
-    vocab = tokenizer.get_vocab()
-    space = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(" ")
-    space_text = space[0][0]
-    for text, token_id in vocab.items():
-        if text.startswith(space_text) and text[len(space_text) :] in vocab:
-            bare[token_id] = vocab[text[len(space_text) :]]
-    chosen = np.random.default_rng(seed).random(len(stream)) < share
-    positions = np.flatnonzero(chosen & (bare[stream] >= 0))
-    split = stream.copy()
-    split[positions] = bare[stream[positions]].astype(np.uint16)
-    return np.insert(split, positions, np.uint16(vocab[space_text]))
+    pieces = [_encoded_cuts(tokenizer, token_id) for token_id in range(tokenizer.get_vocab_size())]
+    num_cuts = np.array([len(cut) for cut in pieces])
+    rng = np.random.default_rng(seed)
+    chosen = (rng.random(len(stream)) < share) & (num_cuts[stream] > 0)
+    parts, done = [], 0
+    for position in np.flatnonzero(chosen).tolist():
+        choices = pieces[stream[position]]
+        parts += [stream[done:position], choices[rng.integers(len(choices))]]
+        done = position + 1
+    return np.concatenate([*parts, stream[done:]])
+
+
+def cuts(text: str) -> list[tuple[str, str]]:
+    """The places where a prompt may well end within this token, as (before, after)."""
+    num_newlines = len(text) - len(text.lstrip("\r\n"))
+    if num_newlines:
+        ends = range(1, min(num_newlines + 1, len(text)))
+    else:
+        is_word_after_sign = text[1:].isalnum() and not text[:1].isalnum()
+        ends = range(1, 2 if is_word_after_sign else 1)
+    return [(text[:end], text[end:]) for end in ends]
+
+
+def _encoded_cuts(tokenizer: Tokenizer, token_id: int) -> list[Tokens]:
+    """The cuts of a token, each as the ids of both pieces."""
+
+    def ids(text: str) -> list[int]:
+        encoded: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return encoded
+
+    text = tokenizer.decode([token_id])  # empty for special tokens
+    found = cuts(text) if "\ufffd" not in text else []
+    return [np.array(ids(before) + ids(after), dtype=np.uint16) for before, after in found]

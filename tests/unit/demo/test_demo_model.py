@@ -12,10 +12,10 @@ from quire import demo
 from quire.demo.chat import Message, conversations, render
 from quire.demo.corpus import SourceFile, is_held_out, load_corpus
 from quire.demo.data import WindowSampler
-from quire.demo.evaluate import Sampling, complete, held_out_loss
+from quire.demo.evaluate import Sampling, complete, held_out_loss, parses
 from quire.demo.export import load
 from quire.demo.ngrams import Trigram, unigram_probabilities
-from quire.demo.tokens import BOS, END, EOS, encode_documents, special_id
+from quire.demo.tokens import BOS, END, EOS, cuts, encode_documents, special_id, with_split_tokens
 
 MAX_FOLDER_BYTES = 30_000_000
 NUM_HELD_OUT_BYTES = 60_000
@@ -192,3 +192,33 @@ def test_trigram_probabilities_sum_to_one():
     )
     assert total == pytest.approx(1.0)
     assert unigram_probabilities(stream, vocab_size).sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        (" word", [(" ", "word")]),
+        (".join", [(".", "join")]),
+        ("\n    ", [("\n", "    ")]),
+        ("\n\n  ", [("\n", "\n  "), ("\n\n", "  ")]),
+        ("\n", []),
+        ("word", []),
+        ("():", []),
+    ],
+)
+def test_tokens_are_cut_where_a_prompt_may_end(text, pieces):
+    assert cuts(text) == pieces
+
+
+def test_split_tokens_leave_the_text_as_it_was(shipped):
+    tokenizer = shipped[1]
+    text = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n"
+    stream = np.array(tokenizer.encode(text).ids, dtype=np.uint16)
+    split = with_split_tokens(tokenizer, stream, share=0.5, seed=0)
+    assert len(split) > len(stream)
+    assert tokenizer.decode(split.tolist()) == text
+
+
+def test_only_the_completed_function_has_to_parse():
+    assert parses("def f(x):", "\n    return x\n\nnot python")
+    assert not parses("def f(x):", "\n    return (x\n")
