@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from quire.config.base import check_fields
 from quire.config.option import option
 
 MIB = 1 << 20
@@ -69,6 +70,7 @@ class GatewayConfig:
     """Threads that render templates and tokenize."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, not {self.port}")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
