@@ -96,10 +96,13 @@ def noise(
 # --- edits ----------------------------------------------------------------------------------------
 
 
-def _flat_index(starts: np.ndarray, ids: np.ndarray, vocabulary: int) -> np.ndarray:
-    """draw * V + id of each entry of a ragged list of ids: int64."""
+def _flat_index(
+    starts: np.ndarray, ids: np.ndarray, vocabulary: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """draw * V + id, int64, and whether the id is one, for each entry of ragged lists of ids."""
     draw = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    return draw * vocabulary + ids[starts[0] : starts[-1]].astype(np.int64)
+    ids = ids[starts[0] : starts[-1]].astype(np.int64)
+    return draw * vocabulary + ids, (ids >= 0) & (ids < vocabulary)
 
 
 def _allow(logits: torch.Tensor, edits: LogitEdits, draws: slice) -> torch.Tensor:
@@ -120,22 +123,26 @@ def _history_counts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The distinct (draw, token) of the histories as flat indices, and their output counts."""
     starts = edits.history_start[draws.start : draws.stop + 1]
-    flat = _flat_index(starts, edits.history, vocabulary)
+    flat, known = _flat_index(starts, edits.history, vocabulary)
     place = np.arange(starts[0], starts[-1])
-    first_output = np.repeat(starts[:-1] + edits.num_prompt[draws], np.diff(starts))
-    index, inverse = np.unique(flat, return_inverse=True)
-    counts = np.bincount(inverse, weights=place >= first_output, minlength=len(index))
+    is_output = place >= np.repeat(starts[:-1] + edits.num_prompt[draws], np.diff(starts))
+    index, inverse = np.unique(flat[known], return_inverse=True)
+    counts = np.bincount(inverse, weights=is_output[known], minlength=len(index))
     return index, counts.astype(np.float32)
 
 
 def apply_edits(logits: torch.Tensor, edits: LogitEdits, draws: slice) -> torch.Tensor:
-    """A copy of float32 logits [draws, V] with mask, bias and penalties applied, in this order."""
+    """A copy of float32 logits [draws, V] with mask, bias and penalties applied, in this order.
+
+    Ids outside the vocabulary (an image's placeholder in a prompt, say) are passed over.
+    """
     vocabulary = logits.shape[1]
     flat = _allow(logits, edits, draws).clone().view(-1)
 
     starts = edits.bias_start[draws.start : draws.stop + 1]
-    at = torch.from_numpy(_flat_index(starts, edits.bias_ids, vocabulary)).to(flat.device)
-    value = torch.from_numpy(edits.bias_values[starts[0] : starts[-1]]).to(flat.device)
+    index, known = _flat_index(starts, edits.bias_ids, vocabulary)
+    at = torch.from_numpy(index[known]).to(flat.device)
+    value = torch.from_numpy(edits.bias_values[starts[0] : starts[-1]][known]).to(flat.device)
     flat.index_put_((at,), value, accumulate=True)
 
     index, counts = _history_counts(edits, draws, vocabulary)
@@ -266,9 +273,15 @@ def logprobs(
     # [N, 1]
     ids = torch.from_numpy(np.asarray(token_ids).astype(np.int64)).to(device)[:, None]
     x = logits[index].float().nan_to_num(NEGATIVE_INFINITY, LARGEST, NEGATIVE_INFINITY) + 0.0
-    logp = x.log_softmax(-1)
+    largest = x.amax(1, keepdim=True)
+    # summed in float64: torch's own float32 log_softmax is off by 1e-5 at large vocabularies
+    log_mass = (x - largest).exp().sum(1, keepdim=True, dtype=torch.float64).log().float()
     own = x.gather(1, ids)
     token = torch.arange(x.shape[1], device=device)
     ranks = 1 + ((x > own) | ((x == own) & (token < ids))).sum(1)
     top_ids = _order(x)[:, :num_top]
-    return Logprobs(logp.gather(1, ids)[:, 0], ranks.int(), top_ids.int(), logp.gather(1, top_ids))
+
+    def logp(logit: torch.Tensor) -> torch.Tensor:
+        return (logit - largest) - log_mass
+
+    return Logprobs(logp(own)[:, 0], ranks.int(), top_ids.int(), logp(x.gather(1, top_ids)))

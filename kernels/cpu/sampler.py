@@ -1,0 +1,201 @@
+"""Sampling on the CPU by the compiled library: `quire.kernels.torch_sampler`, many times faster.
+
+Same rules, same noise; scores differ from the torch ones in the last bits, so only near ties are
+drawn differently. A token does not depend on its batch or on the number of threads. On the order of
+tokens and on NaN see `torch_sampler`; on how it is done, `csrc/cpu/sample.cpp`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
+    from quire.kernels.sampling import LogitEdits, SamplingBatch
+
+
+class _EditArgs(ctypes.Structure):
+    """EditArgs of csrc/cpu/sample.h."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            "repetition",
+            "frequency",
+            "presence",
+            "history",
+            "history_start",
+            "num_prompt",
+            "bias_ids",
+            "bias_values",
+            "bias_start",
+            "allowed",
+            "allowed_row",
+        )
+    ]
+
+
+class _SampleArgs(ctypes.Structure):
+    """SampleArgs of csrc/cpu/sample.h."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("vocabulary", ctypes.c_int64),
+        ("num_draws", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("temperature", ctypes.c_void_p),
+        ("top_k", ctypes.c_void_p),
+        ("top_p", ctypes.c_void_p),
+        ("min_p", ctypes.c_void_p),
+        ("seed", ctypes.c_void_p),
+        ("choice", ctypes.c_void_p),
+        ("position", ctypes.c_void_p),
+        ("edits", ctypes.POINTER(_EditArgs)),
+        ("tokens", ctypes.c_void_p),
+        ("invalid", ctypes.c_void_p),
+    ]
+
+
+class _LogprobArgs(ctypes.Structure):
+    """LogprobArgs of csrc/cpu/sample.h."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("vocabulary", ctypes.c_int64),
+        ("num_draws", ctypes.c_int64),
+        ("num_top", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
+        ("chosen", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("top_ids", ctypes.c_void_p),
+        ("top", ctypes.c_void_p),
+    ]
+
+
+class _Pointers:
+    """Addresses of arrays in the type the library reads, kept alive for the call."""
+
+    def __init__(self) -> None:
+        self._alive: list[np.ndarray] = []
+
+    def to(self, array: np.ndarray, dtype: DTypeLike) -> int:
+        array = np.ascontiguousarray(array, dtype)
+        self._alive.append(array)
+        return int(array.ctypes.data)
+
+    def edits(self, edits: LogitEdits) -> _EditArgs:
+        return _EditArgs(
+            repetition=self.to(edits.repetition, np.float32),
+            frequency=self.to(edits.frequency, np.float32),
+            presence=self.to(edits.presence, np.float32),
+            history=self.to(edits.history, np.int32),
+            history_start=self.to(edits.history_start, np.int32),
+            num_prompt=self.to(edits.num_prompt, np.int32),
+            bias_ids=self.to(edits.bias_ids, np.int32),
+            bias_values=self.to(edits.bias_values, np.float32),
+            bias_start=self.to(edits.bias_start, np.int32),
+            allowed=self.to(edits.allowed, np.uint32),
+            allowed_row=self.to(edits.allowed_row, np.int32),
+        )
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of N draws under the unedited logits, and the k likeliest tokens."""
+
+    chosen: np.ndarray  # [N] float32
+    ranks: np.ndarray  # [N] int32, 1 for the likeliest token
+    top_ids: np.ndarray  # [N, k] int32
+    top: np.ndarray  # [N, k] float32
+
+
+def _row_stride(logits: np.ndarray) -> int:
+    """Elements between rows. Raises ValueError for logits the library cannot read."""
+    if logits.dtype != np.float32 or logits.ndim != 2:
+        raise ValueError(f"logits must be float32 [R, V], not {logits.dtype} {logits.shape}")
+    if logits.shape[1] > 1 and logits.strides[1] != 4:
+        raise ValueError("the logits of a row must be contiguous")
+    return logits.strides[0] // 4
+
+
+class CpuSampler:
+    """Draws tokens with the threads of a team.
+
+    `library` is the loaded shared object and `team` a handle from its `quire_team_create`; both
+    must outlive the sampler. Calls take turns with other jobs of the team.
+    """
+
+    def __init__(self, library: ctypes.CDLL, team: int) -> None:
+        self._team = ctypes.c_void_p(team)
+        self._sample = library.quire_sample
+        self._logprobs = library.quire_logprobs
+        for function in (self._sample, self._logprobs):
+            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+            function.restype = None
+
+    def sample(
+        self, logits: np.ndarray, batch: SamplingBatch, invalid: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Draw one token for each of the N draws from float32 logits [R, V]: int32 [N].
+
+        `invalid` bool [N], when given, is set where a draw had no candidate (its token is 0).
+        """
+        num_draws = len(batch.rows)
+        tokens = np.empty(num_draws, np.int32)
+        flags = np.empty(num_draws, np.uint8)
+        at = _Pointers()
+        args = _SampleArgs(
+            logits=logits.ctypes.data,
+            row_stride=_row_stride(logits),
+            vocabulary=logits.shape[1],
+            num_draws=num_draws,
+            rows=at.to(batch.rows, np.int32),
+            temperature=at.to(batch.temperature, np.float32),
+            top_k=at.to(batch.top_k, np.int32),
+            top_p=at.to(batch.top_p, np.float32),
+            min_p=at.to(batch.min_p, np.float32),
+            seed=at.to(batch.seed, np.uint64),
+            choice=at.to(batch.choice, np.uint32),
+            position=at.to(batch.position, np.uint32),
+            edits=None if batch.edits is None else ctypes.pointer(at.edits(batch.edits)),
+            tokens=tokens.ctypes.data,
+            invalid=flags.ctypes.data,
+        )
+        self._sample(self._team, ctypes.byref(args))
+        if invalid is not None:
+            invalid[:] = flags
+        return tokens
+
+    def logprobs(
+        self, logits: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, num_top: int
+    ) -> Logprobs:
+        """Log-softmax in float32 of the raw rows [N] of logits [R, V] at token_ids [N]."""
+        num_draws, num_top = len(rows), min(num_top, logits.shape[1])
+        out = Logprobs(
+            np.empty(num_draws, np.float32),
+            np.empty(num_draws, np.int32),
+            np.empty((num_draws, num_top), np.int32),
+            np.empty((num_draws, num_top), np.float32),
+        )
+        at = _Pointers()
+        args = _LogprobArgs(
+            logits=logits.ctypes.data,
+            row_stride=_row_stride(logits),
+            vocabulary=logits.shape[1],
+            num_draws=num_draws,
+            num_top=num_top,
+            rows=at.to(rows, np.int32),
+            token_ids=at.to(token_ids, np.int32),
+            chosen=out.chosen.ctypes.data,
+            ranks=out.ranks.ctypes.data,
+            top_ids=out.top_ids.ctypes.data,
+            top=out.top.ctypes.data,
+        )
+        self._logprobs(self._team, ctypes.byref(args))
+        return out
