@@ -37,7 +37,8 @@ def parse_int(text: str) -> int:
     base = 1024 if suffix.isupper() or binary else 1000
     whole, _, fraction = digits.replace("_", "").partition(".")
     scaled: int = int(whole + fraction or "0") * base ** _POWER[suffix.lower()]
-    value, rest = divmod(scaled, 10 ** len(fraction))
+    unit: int = 10 ** len(fraction)
+    value, rest = divmod(scaled, unit)
     if rest or (fraction and not suffix):
         raise ValueError(f"{text!r} is not a whole number")
     return value

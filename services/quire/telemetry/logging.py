@@ -67,7 +67,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-def set_up_logging(level: str = "info", style: Format = "text") -> None:
+def configure(level: str = "info", style: Format = "text") -> None:
     """Send every log record of the process to stderr. Replaces earlier handlers.
 
     Raises ValueError on an unknown level.

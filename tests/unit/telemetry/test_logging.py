@@ -12,7 +12,7 @@ from quire.telemetry.logging import (
     TextFormatter,
     current_request_id,
     request_context,
-    set_up_logging,
+    configure,
 )
 
 
@@ -68,8 +68,8 @@ async def test_the_request_id_follows_tasks_and_does_not_leak_between_them():
 
 
 def test_set_up_writes_to_stderr_once(root_logging, capsys):
-    set_up_logging("info")
-    set_up_logging("info", "json")
+    configure("info")
+    configure("info", "json")
     logging.getLogger("quire.x").info("hello %s", "you")
     logging.getLogger("quire.x").debug("hidden")
     lines = capsys.readouterr().err.splitlines()
@@ -78,4 +78,4 @@ def test_set_up_writes_to_stderr_once(root_logging, capsys):
 
 def test_an_unknown_level_is_an_error(root_logging):
     with pytest.raises(ValueError, match="LOUD"):
-        set_up_logging("loud")
+        configure("loud")
