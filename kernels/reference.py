@@ -147,9 +147,9 @@ class LayerCache:
 
 
 def copy_blocks(pool: torch.Tensor, pairs: np.ndarray) -> None:
-    """Copy whole blocks, pairs [n, 2] of (source, destination), all read before any is written."""
-    index = torch.as_tensor(pairs.astype(np.int64))
-    pool[index[:, 1]] = pool[index[:, 0]]
+    """Copy whole blocks, pairs [n, 2] of (source, destination), one after the other."""
+    for source, destination in pairs.tolist():
+        pool[destination] = pool[source]
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -195,9 +195,12 @@ class TorchOps:
         self._step = Step.of(inputs, self.device)
 
     def copy_blocks(self, pairs: np.ndarray) -> None:
-        """Copy blocks, pairs [n, 2] of (source, destination); no destination is also a source."""
+        """Copy blocks, pairs [n, 2] of (source, destination), as if one after the other."""
+        # a copy at once reads every source first, which differs where one is also written
+        is_chained = bool(np.isin(pairs[:, 0], pairs[:, 1]).any())
         index = torch.from_numpy(pairs.astype(np.int64)).to(self.device)
-        self.pool[index[:, 1]] = self.pool[index[:, 0]]
+        for part in torch.split(index, 1) if is_chained else (index,):
+            self.pool[part[:, 1]] = self.pool[part[:, 0]]
 
     def embed(self, table: PackedLinear) -> torch.Tensor:
         """Rows of the table for the step's tokens: float32 [T, H]."""

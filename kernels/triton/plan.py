@@ -1,0 +1,176 @@
+"""How one step's attention is divided into pieces of work for the GPU.
+
+Two kinds of tile, each of consecutive rows of one sequence and the query heads of one KV head:
+
+    whole  many rows (a chunk of a prompt): one program walks the tile's whole context
+    split  the few rows of a decoding sequence: one program per SPLIT tokens of context, at absolute
+           positions, each leaving a partial result; a second kernel combines them in order
+
+So the longest context of a batch does not decide the grid: work is a flat list of items of about
+equal size ("Stream-K" in spirit; split-KV after Flash-Decoding, Dao et al., 2023). Which kind a
+sequence is and where its splits lie follow from that sequence alone, so what shares the step does
+not change a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from quire.kernels.ops import AttentionShape, StepInputs
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sizes of the kernels' tiles. Powers of two, 16 at least."""
+
+    whole_rows: int = 64
+    """(token, head) rows of a whole tile; a split tile has 16."""
+    keys: int = 64
+    """Tokens of context per turn of the loop."""
+    split: int = 256
+    """Tokens of context per item of a split tile; a multiple of `keys`."""
+
+    @classmethod
+    def of(cls, shape: AttentionShape, element_bytes: int) -> Tiling:
+        """What fits a multiprocessor's shared memory and registers."""
+        is_large = shape.head_dim > 128 or element_bytes == 4
+        return cls(whole_rows=32 if is_large else 64, keys=32 if is_large else 64)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of a tile for one head group."""
+
+    rows: int  # a power of two
+    tokens: int  # whole tokens that fit: rows // group
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """Items of one kind on the device."""
+
+    items: torch.Tensor
+    """[I, 6] int32: sequence, first row, tokens, position of the first, context's begin and end."""
+    tile: Tile
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The attention work of one step for one attention shape."""
+
+    whole: WorkList
+    split: WorkList
+    merges: torch.Tensor
+    """[rows, 4] int32, for each row of a split tile: row of the step, first item, number of items,
+    token within the tile."""
+    max_split_tokens: int
+    """Most tokens that any split tile has."""
+
+
+def _tile(shape: AttentionShape, rows: int) -> Tile:
+    group = shape.num_heads // shape.num_kv_heads
+    while rows < group:
+        rows *= 2
+    return Tile(rows, rows // group)
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """Some of the step's sequences: int64 arrays of equal length."""
+
+    index: np.ndarray
+    row: np.ndarray  # first row of the step
+    tokens: np.ndarray  # rows of the step
+    position: np.ndarray  # of the first row
+
+    def chosen(self, which: np.ndarray) -> _Sequences:
+        return _Sequences(
+            self.index[which], self.row[which], self.tokens[which], self.position[which]
+        )
+
+
+def _counting(counts: np.ndarray) -> np.ndarray:
+    """0 .. count - 1 for each count, one after the other."""
+    ends = np.cumsum(counts)
+    starts = np.repeat(ends - counts, counts)
+    return np.asarray(np.arange(len(starts)) - starts)
+
+
+def _context_begin(position: np.ndarray, window: int | None, keys: int) -> np.ndarray:
+    """First token that the row at `position` sees, rounded down to a turn of the loop."""
+    first = position * 0 if window is None else np.maximum(position - window + 1, 0)
+    return np.asarray(first // keys * keys)
+
+
+def _whole_items(seqs: _Sequences, tile: Tile, window: int | None, tiling: Tiling) -> np.ndarray:
+    """Items [I, 6], the longest contexts first, so that short ones fill in at the end."""
+    counts = -(-seqs.tokens // tile.tokens)
+    done = _counting(counts) * tile.tokens
+    tokens = np.minimum(np.repeat(seqs.tokens, counts) - done, tile.tokens)
+    position = np.repeat(seqs.position, counts) + done
+    begin = _context_begin(position, window, tiling.keys)
+    end = position + tokens
+    row = np.repeat(seqs.row, counts) + done
+    items = np.stack([np.repeat(seqs.index, counts), row, tokens, position, begin, end], axis=1)
+    return items[np.argsort(begin - end, kind="stable")]
+
+
+def _split_items(
+    seqs: _Sequences, window: int | None, tiling: Tiling
+) -> tuple[np.ndarray, np.ndarray]:
+    """Items [I, 6] in order of sequence and context, and the merges [rows, 4]."""
+    begin = _context_begin(seqs.position, window, tiling.keys)
+    end = seqs.position + seqs.tokens
+    first = begin // tiling.split
+    counts = -(-end // tiling.split) - first
+    split = np.repeat(first, counts) + _counting(counts)
+    items = np.stack(
+        [
+            *(np.repeat(x, counts) for x in (seqs.index, seqs.row, seqs.tokens, seqs.position)),
+            np.maximum(split * tiling.split, np.repeat(begin, counts)),
+            np.minimum((split + 1) * tiling.split, np.repeat(end, counts)),
+        ],
+        axis=1,
+    )
+    token = _counting(seqs.tokens)
+    first_item = np.cumsum(counts) - counts
+    merges = np.stack(
+        [
+            np.repeat(seqs.row, seqs.tokens) + token,
+            np.repeat(first_item, seqs.tokens),
+            np.repeat(counts, seqs.tokens),
+            token,
+        ],
+        axis=1,
+    )
+    return items, merges
+
+
+def make_plan(
+    inputs: StepInputs, shape: AttentionShape, tiling: Tiling, device: torch.device
+) -> StepPlan:
+    """Divide the step's attention; the lists go to the device in one transfer."""
+    row = inputs.query_start[:-1].astype(np.int64)
+    tokens = np.diff(inputs.query_start).astype(np.int64)
+    seqs = _Sequences(np.arange(len(row)), row, tokens, inputs.context_lens - tokens)
+    whole_tile, split_tile = _tile(shape, tiling.whole_rows), _tile(shape, 16)
+    is_split = tokens <= split_tile.tokens
+    whole = _whole_items(seqs.chosen(~is_split), whole_tile, shape.window, tiling)
+    split, merges = _split_items(seqs.chosen(is_split), shape.window, tiling)
+
+    flat = np.concatenate([whole.ravel(), split.ravel(), merges.ravel()]).astype(np.int32)
+    on_device = torch.from_numpy(flat).to(device)
+    whole_part, split_part, merge_part = torch.split(
+        on_device, [whole.size, split.size, merges.size]
+    )
+    return StepPlan(
+        WorkList(whole_part.view(-1, 6), whole_tile),
+        WorkList(split_part.view(-1, 6), split_tile),
+        merge_part.view(-1, 4),
+        int(tokens[is_split].max(initial=0)),
+    )
