@@ -1,0 +1,187 @@
+"""Keeps one worker process alive: starts it, restarts it when it dies, ends it with the server.
+
+    start ──▶ starting ──ready──▶ serving
+      ▲          │ dies             │ dies
+      └──wait────┴──────────────────┘        1, 2, 4 ... 30 s; back to 1 s after a calm minute
+                 │ says why it cannot start (exit code 2), or fails too often before it is ready
+                 ▼
+              given up: the server ends with the worker's exit code
+
+The worker's options go to its stdin as one line of JSON, so that they are not in the process list.
+Its stdin stays open: it ends by itself when this process is gone, however that happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+logger = logging.getLogger(__name__)
+
+CANNOT_SERVE = 2
+"""Exit code of a worker that has said why it can never serve with these options."""
+MAX_SOCKET_PATH = 100
+"""Bytes of a Unix socket's path that every system accepts."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait, how often to try. Seconds."""
+
+    first_delay: float = 1.0
+    longest_delay: float = 30.0
+    calm: float = 60.0
+    """A worker that was ready for this long starts over with the first delay."""
+    start_attempts: int = 4
+    """Deaths in a row before being ready, after which starting is given up."""
+    stop: float = 15.0
+    """For the worker to end by itself once its stdin is closed."""
+    terminate: float = 3.0
+    """For it to end after SIGTERM; then it is killed."""
+
+
+@dataclass
+class Supervisor:
+    """One worker. `run` in a task; `ready` and `stop` from the same event loop."""
+
+    options: Mapping[str, Any]
+    """What the worker reads from its stdin."""
+    socket: Path
+    """Unix socket it listens on."""
+    on_restart: Callable[[], None] = lambda: None
+    patience: Patience = field(default_factory=Patience)
+    command: Sequence[str] = (sys.executable, "-P", "-m", "quire.worker")
+    _process: subprocess.Popen[bytes] | None = None
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _ready_since: float | None = None
+
+    async def run(self) -> int:
+        """Keep the worker alive until `stop`; returns 0 then, and else why it was given up.
+
+        The result is never 0 unless `stop` was called.
+        """
+        delay, failed_starts = self.patience.first_delay, 0
+        while True:
+            code = await self._run_once()
+            if self._stopping.is_set():
+                return 0
+            if self._ready_since is None:
+                failed_starts += 1
+                if code == CANNOT_SERVE or failed_starts >= self.patience.start_attempts:
+                    logger.error("the worker cannot start (%s); giving up", _died(code))
+                    return code if code > 0 else 1
+            else:
+                failed_starts = 0
+                if time.monotonic() - self._ready_since >= self.patience.calm:
+                    delay = self.patience.first_delay
+            logger.error("the worker died (%s); starting it again in %g s", _died(code), delay)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay)
+            if self._stopping.is_set():
+                return 0
+            delay = min(2 * delay, self.patience.longest_delay)
+            self.on_restart()
+
+    def ready(self) -> None:
+        """The worker has loaded its model: from here on, dying is not a failure to start."""
+        if self._ready_since is None:
+            self._ready_since = time.monotonic()
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id, None between two workers."""
+        return self._process.pid if self._process is not None else None
+
+    async def stop(self) -> None:
+        """End the worker, by force if it does not listen. `run` returns afterwards."""
+        self._stopping.set()
+        process = self._process
+        if process is None:
+            return
+        _close_stdin(process)
+        if not await _ended(process, self.patience.stop):
+            logger.warning("the worker does not end by itself; terminating it")
+            process.terminate()
+            if not await _ended(process, self.patience.terminate):
+                process.kill()
+
+    def kill(self) -> None:
+        """End the worker now."""
+        self._stopping.set()
+        if self._process is not None:
+            self._process.kill()
+
+    async def _run_once(self) -> int:
+        """One worker from its start to its end; returns its exit code, negative for a signal."""
+        self._ready_since = None
+        process = self._process = self._spawn()
+        try:
+            # A thread per worker: the loop's own child watching differs between loops.
+            return await asyncio.to_thread(process.wait)
+        except asyncio.CancelledError:
+            process.kill()
+            raise
+        finally:
+            _close_stdin(process)
+            self._process = None
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        self.socket.unlink(missing_ok=True)
+        # A session of its own: Ctrl-C in the terminal is for the server, which drains first.
+        process = subprocess.Popen(self.command, stdin=subprocess.PIPE, start_new_session=True)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(self.options).encode() + b"\n")
+            process.stdin.flush()
+        return process
+
+
+@contextlib.contextmanager
+def private_socket() -> Iterator[Path]:
+    """Path for a Unix socket in a new folder that only this user can enter; removed afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="quire-"))  # mode 0700
+    try:
+        if len(bytes(folder)) > MAX_SOCKET_PATH - len("/worker.sock"):
+            shutil.rmtree(folder)
+            folder = Path(tempfile.mkdtemp(prefix="quire-", dir="/tmp"))
+        yield folder / "worker.sock"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _close_stdin(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+async def _ended(process: subprocess.Popen[bytes], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.02)
+    return True
+
+
+def _died(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
