@@ -28,14 +28,26 @@ logger = logging.getLogger(__name__)
 class Sink(Protocol):
     """Where the loop delivers. Called on the engine thread; must not block."""
 
-    def on_step(self, step: int, outputs: list[ChoiceOutput]) -> None:
+    def on_step(self, record: StepRecord, outputs: list[ChoiceOutput]) -> None:
         """A step finished, or requests ended between steps."""
+
+    def on_added(self, request: EngineRequest) -> None:
+        """A submitted request was queued."""
 
     def on_rejected(self, request_id: str, error: ApiError) -> None:
         """A submitted request was refused; nothing of it is left."""
 
     def on_death(self, error: BaseException) -> None:
         """The engine failed and the thread ends: every request in it is lost."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step that finished; `num_tokens` 0 when requests only ended."""
+
+    step: int
+    num_tokens: int
+    duration_s: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,9 @@ class EngineState:
     blocks_free: int
     blocks_cached: int
     blocks_owned: int
+    preemptions: int
+    cache_queries: int
+    cache_hits: int
 
 
 class EngineLoop:
@@ -79,7 +94,7 @@ class EngineLoop:
 
     def abort(self, request_id: str) -> None:
         """End a request; its choices end with reason "abort". Any thread."""
-        self._inbox.put(lambda: self._deliver(self.engine.abort(request_id)))
+        self._inbox.put(lambda: self._deliver(self.engine.abort(request_id), 0, 0.0))
 
     def call(self, function: Callable[[Engine], None]) -> None:
         """Run a function on the engine thread between two steps. Any thread."""
@@ -116,19 +131,24 @@ class EngineLoop:
             command()
 
     def _step(self) -> None:
+        counters = self.engine.scheduler.counters
+        start, computed = time.monotonic(), counters.computed_tokens
         outputs = self.engine.step()
         self._last_progress = time.monotonic()
         self.state = self._look()
-        self._deliver(outputs)
+        self._deliver(outputs, counters.computed_tokens - computed, self._last_progress - start)
 
     def _add(self, request: EngineRequest) -> None:
         try:
             self.engine.add_request(request)
         except ApiError as error:
             self._sink.on_rejected(request.request_id, error)
+        else:
+            self._sink.on_added(request)
 
-    def _deliver(self, outputs: list[ChoiceOutput]) -> None:
-        self._sink.on_step(self.engine.scheduler.counters.steps, outputs)
+    def _deliver(self, outputs: list[ChoiceOutput], num_tokens: int, duration_s: float) -> None:
+        record = StepRecord(self.engine.scheduler.counters.steps, num_tokens, duration_s)
+        self._sink.on_step(record, outputs)
 
     def _look(self) -> EngineState:
         scheduler = self.engine.scheduler
@@ -141,4 +161,7 @@ class EngineLoop:
             blocks_free=blocks.free,
             blocks_cached=blocks.cached,
             blocks_owned=blocks.owned,
+            preemptions=scheduler.counters.preemptions,
+            cache_queries=scheduler.counters.cache_queries,
+            cache_hits=scheduler.counters.cache_hits,
         )

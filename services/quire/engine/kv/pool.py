@@ -169,6 +169,13 @@ class BlockPool:
         """(hash, parent) of every findable block; parents may come after their children."""
         return [(h, self._parent[b] or b"") for h, b in self._by_hash.items()]
 
+    def events_since(self, sequence: int) -> list[CacheEvent] | None:
+        """Events after the one numbered `sequence`; None when some are no longer kept."""
+        missing = self.event_sequence - sequence
+        if missing > len(self.events):
+            return None
+        return [self.events[i - missing] for i in range(missing)] if missing else []
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless every block is in exactly one state and the index agrees."""
         free, lru = set(self._free), set(self._lru)

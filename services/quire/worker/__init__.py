@@ -1,0 +1,1 @@
+"""A pod's worker: gRPC around one engine."""

@@ -1,0 +1,49 @@
+"""`python -m quire.worker`: a worker process, started by `quire serve` or by a pod.
+
+The first line of stdin is a JSON object: {"engine": {...EngineConfig}, "listen": "unix:/path",
+"served_model_name": "..."}. The process ends when stdin closes, so it never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+
+from quire.config.base import from_mapping
+from quire.config.engine import EngineConfig
+
+
+def main() -> int:
+    """Read the options, serve, return the exit code."""
+    line = sys.stdin.readline()
+    try:
+        raw = json.loads(line)
+        engine = from_mapping(EngineConfig, raw["engine"])
+        listen = _check_listen(raw["listen"])
+        name = raw.get("served_model_name") or engine.model
+    except (ValueError, TypeError, KeyError) as error:
+        print(f"quire: error: bad worker options: {error}", file=sys.stderr)
+        return 2
+    from quire.telemetry.logging import configure
+    from quire.worker.server import WorkerOptions, serve
+
+    configure()
+    return asyncio.run(serve(WorkerOptions(engine, listen, name)))
+
+
+def _check_listen(address: str) -> str:
+    """Only this machine: pods authenticate each other before anything listens further."""
+    host = address.rpartition(":")[0]
+    if address.startswith("unix:") or host in ("127.0.0.1", "localhost", "[::1]"):
+        return address
+    raise ValueError(f"listen address {address!r} must be unix:/path or on the loopback interface")
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A stalled engine thread would keep the interpreter from ending.
+    os._exit(code)

@@ -1,0 +1,190 @@
+"""Between the wire's messages and the engine's types, both ways. The only place that knows both."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from quire.api.sampling import SamplingParams
+from quire.engine.request import EngineRequest, FinishReason
+from quire.proto import common_pb2, worker_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quire.api.errors import ApiError
+    from quire.engine.engine import Engine
+    from quire.engine.kv.pool import CacheEvent
+    from quire.engine.loop import EngineState
+    from quire.engine.output import ChoiceOutput, TokenLogprob
+    from quire.engine.runner.load import Startup
+
+_FINISH = {
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: common_pb2.FINISH_REASON_ABORT,
+    FinishReason.DEADLINE: common_pb2.FINISH_REASON_DEADLINE,
+}
+
+_FAILURE = worker_pb2.Failure
+_FAILURE_CODES = {"overloaded": _FAILURE.CODE_OVERLOADED, "not_ready": _FAILURE.CODE_NOT_READY}
+
+
+def request_from(submit: worker_pb2.Submit, request_id: str) -> EngineRequest:
+    """The engine's request. Raises ApiError when a parameter is out of range: the gateway has
+    checked it, but a worker does not rely on that."""
+    deadline = None
+    if submit.HasField("timeout_ms"):
+        deadline = time.monotonic() + submit.timeout_ms / 1000
+    return EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=list(submit.prompt_token_ids),
+        params=sampling_from(submit.sampling),
+        seed=submit.sampling.seed,
+        priority=submit.priority,
+        deadline=deadline,
+        cache_salt=submit.cache_salt,
+        emitted=[list(entry.ids) for entry in submit.emitted],
+    )
+
+
+def sampling_from(message: common_pb2.Sampling) -> SamplingParams:
+    """Sampling parameters; absent optional fields take the neutral value."""
+
+    def given(name: str) -> bool:
+        return message.HasField(name)  # type: ignore[arg-type]
+
+    return SamplingParams(
+        n=message.n or 1,
+        max_tokens=message.max_tokens if given("max_tokens") else None,
+        min_tokens=message.min_tokens,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p if given("top_p") else 1.0,
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty if given("repetition_penalty") else 1.0,
+        seed=message.seed,
+        stop_token_ids=list(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logit_bias=dict(message.logit_bias),
+        allowed_token_ids=list(message.allowed_token_ids) or None,
+        bad_words_ids=[list(word.ids) for word in message.bad_words],
+        logprobs=message.logprobs if given("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if given("prompt_logprobs") else None,
+    )
+
+
+def output_to(output: ChoiceOutput, request: int, attempt: int) -> worker_pb2.ChoiceOutput:
+    """One choice's share of a step."""
+    message = worker_pb2.ChoiceOutput(
+        request=request,
+        attempt=attempt,
+        choice=output.choice,
+        position=output.position,
+        token_ids=output.token_ids,
+    )
+    if output.logprobs:
+        message.logprobs.extend(logprob_to(entry) for entry in output.logprobs)
+    if output.finish_reason is not None:
+        message.finish_reason = _FINISH[output.finish_reason]
+        if output.stop_token_id is not None:
+            message.stop_token_id = output.stop_token_id
+    if output.admission is not None:
+        message.admission.cached_tokens = output.admission.cached_tokens
+        message.admission.queue_s = output.admission.queue_s
+        message.admission.prefill_s = output.admission.prefill_s
+        message.prompt_logprobs.extend(logprob_to(entry) for entry in output.prompt_logprobs)
+    return message
+
+
+def logprob_to(entry: TokenLogprob) -> common_pb2.TokenLogprob:
+    """One token's log-probability."""
+    return common_pb2.TokenLogprob(
+        logprob=entry.logprob,
+        rank=entry.rank,
+        top_ids=entry.top_ids,
+        top_logprobs=entry.top_logprobs,
+    )
+
+
+def failure_to(error: ApiError, request: int, attempt: int) -> worker_pb2.Failure:
+    """A refused request."""
+    code = _FAILURE_CODES.get(error.code)
+    if code is None:
+        code = _FAILURE.CODE_INVALID if error.status < 500 else _FAILURE.CODE_INTERNAL
+    return worker_pb2.Failure(
+        request=request,
+        attempt=attempt,
+        code=code,
+        message=error.message,
+        retry_after_ms=int((error.retry_after_s or 0) * 1000),
+    )
+
+
+def startup_to(startup: Startup) -> worker_pb2.Startup:
+    """Where loading stands."""
+    return worker_pb2.Startup(
+        phase=startup.phase,
+        detail=startup.detail,
+        done=startup.done,
+        total=startup.total,
+        unit=startup.unit,
+    )
+
+
+def model_info(engine: Engine, incarnation: int) -> worker_pb2.ModelInfo:
+    """The facts a gateway needs about the loaded model."""
+    model = engine.model
+    return worker_pb2.ModelInfo(
+        model=engine.config.model,
+        architecture=model.config.architecture,
+        dtype=model.dtype,
+        max_model_len=model.max_model_len,
+        vocab_size=model.config.vocab_size,
+        block_size=engine.config.block_size,
+        num_blocks=engine.pool.num_blocks,
+        block_bytes=model.runner.backend.layout.block_bytes,
+        fingerprint=model.fingerprint,
+        eos_token_ids=model.config.eos_token_ids,
+        max_num_seqs=engine.config.max_num_seqs,
+        incarnation=incarnation,
+        device=model.device,
+    )
+
+
+def load_to(state: EngineState, step_age_s: float) -> worker_pb2.Load:
+    """How busy the engine is."""
+    return worker_pb2.Load(
+        step=state.steps,
+        running=state.running,
+        waiting=state.waiting,
+        queued_tokens=state.queued_tokens,
+        blocks_free=state.blocks_free,
+        blocks_cached=state.blocks_cached,
+        blocks_owned=state.blocks_owned,
+        step_age_s=step_age_s,
+    )
+
+
+def cache_event_to(event: CacheEvent) -> worker_pb2.CacheEvent:
+    """One change of the prefix cache."""
+    if event.block_hash is None:
+        return worker_pb2.CacheEvent(kind=worker_pb2.CacheEvent.KIND_CLEARED)
+    if not event.stored:
+        removed = worker_pb2.CacheEvent.KIND_REMOVED
+        return worker_pb2.CacheEvent(kind=removed, block_hash=event.block_hash)
+    return stored_event(event.block_hash, event.parent or b"")
+
+
+def stored_event(block_hash: bytes, parent: bytes) -> worker_pb2.CacheEvent:
+    """A block that can be found under its hash."""
+    return worker_pb2.CacheEvent(
+        kind=worker_pb2.CacheEvent.KIND_STORED, block_hash=block_hash, parent_hash=parent
+    )
+
+
+def stored_events(blocks: Iterable[tuple[bytes, bytes]]) -> list[worker_pb2.CacheEvent]:
+    """A snapshot: (hash, parent) of every findable block."""
+    return [stored_event(block_hash, parent) for block_hash, parent in blocks]

@@ -1,0 +1,158 @@
+"""The worker process: serves gRPC at once, loads the engine behind it, and dies loudly.
+
+Exit codes: 0 after an orderly stop, 2 when the model cannot be served as configured (one line on
+stderr says why), 1 when the engine failed or stalled; its requests have been told by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+
+from quire.engine.engine import Engine
+from quire.proto import worker_pb2_grpc
+from quire.telemetry import metrics as m
+from quire.telemetry.instruments import new_registry
+from quire.worker.metrics import EngineMetrics
+from quire.worker.servicer import WorkerService
+
+if TYPE_CHECKING:
+    from quire.config.engine import EngineConfig
+    from quire.engine.loop import EngineLoop
+    from quire.engine.runner.load import Startup
+    from quire.telemetry.instruments import Instruments
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 << 20
+FLUSH_S = 0.5
+"""Time for failures to reach the gateways before the process ends."""
+WATCHDOG_S = 0.5
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What a worker process is started with."""
+
+    engine: EngineConfig
+    listen: str
+    """unix:/path, or host:port on a loopback address."""
+    served_model_name: str
+
+
+class _PhaseTimes:
+    """Passes loading reports on, and notes how long each phase took."""
+
+    def __init__(self, service: WorkerService, instruments: Instruments) -> None:
+        self._service = service
+        self._instruments = instruments
+        self._phase, self._since = "start", time.monotonic()
+
+    def __call__(self, startup: Startup) -> None:
+        if startup.phase != self._phase:
+            self.end()
+            self._phase = startup.phase
+        self._service.report(startup)
+
+    def end(self) -> None:
+        """The current phase is over."""
+        now = time.monotonic()
+        self._instruments.get(m.STARTUP_SECONDS, self._phase).set(now - self._since)
+        self._since = now
+
+
+async def serve(options: WorkerOptions) -> int:
+    """Run a worker until it is told to stop or its engine fails; returns the exit code."""
+    registry = new_registry("engine")
+    instruments = m.engine_instruments(registry, model_name=options.served_model_name)
+    service = WorkerService(EngineMetrics(instruments), registry)
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+    server.add_insecure_port(options.listen)
+    await server.start()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        return await _run(options, service, instruments, stop)
+    finally:
+        await server.stop(grace=FLUSH_S)
+
+
+async def _run(
+    options: WorkerOptions, service: WorkerService, instruments: Instruments, stop: asyncio.Event
+) -> int:
+    report = _PhaseTimes(service, instruments)
+    orphaned = asyncio.create_task(_stdin_closed())
+    stopped = asyncio.create_task(stop.wait())
+    loading = asyncio.create_task(asyncio.to_thread(Engine.load, options.engine, report))
+    await asyncio.wait((loading, orphaned, stopped), return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        return 0  # told to stop while loading; the loading thread ends with the process
+    try:
+        engine = loading.result()
+    except (ValueError, OSError) as error:
+        print(f"quire: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    report.end()
+    _publish_facts(engine, instruments)
+    loop = service.attach(engine)
+    logger.info("ready: %d KV blocks", engine.pool.num_blocks)
+    dead = asyncio.create_task(_watch_engine(service, loop, options.engine.stall_timeout_s))
+    await asyncio.wait((dead, orphaned, stopped), return_when=asyncio.FIRST_COMPLETED)
+    if dead.done():
+        await asyncio.sleep(FLUSH_S)
+        return 1
+    loop.stop(STOP_TIMEOUT_S)
+    return 0
+
+
+async def _watch_engine(service: WorkerService, loop: EngineLoop, stall_timeout_s: float) -> None:
+    """Return when the engine has failed, or has made no progress for too long."""
+    while not service.died.is_set():
+        stalled = loop.stalled_s()
+        if stalled > stall_timeout_s:
+            logger.error("no step finished for %.0f s while requests wait: giving up", stalled)
+            service.fail_all(f"the engine made no progress for {stalled:.0f} s")
+            return
+        await asyncio.sleep(WATCHDOG_S)
+
+
+async def _stdin_closed() -> None:
+    """Return when stdin ends: the process that started this one is gone."""
+    reader = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(reader)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
+    while await reader.read(4096):
+        pass
+
+
+def _publish_facts(engine: Engine, instruments: Instruments) -> None:
+    model, config = engine.model, engine.config
+    instruments.get(m.CACHE_CONFIG).set(
+        block_size=config.block_size,
+        num_blocks=engine.pool.num_blocks,
+        block_bytes=model.runner.backend.layout.block_bytes,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    instruments.get(m.MODEL_INFO).set(
+        model=config.model,
+        architecture=model.config.architecture,
+        dtype=model.dtype,
+        device=model.device,
+        max_model_len=model.max_model_len,
+    )
