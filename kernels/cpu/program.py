@@ -1,0 +1,225 @@
+"""A recorded model step, replayed by one native call."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quire.kernels.cpu import library as lib
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quire.kernels.layout import KvLayout
+    from quire.kernels.ops import StepInputs
+
+TOKENS, LOGIT_ROWS = 0, 1
+"""Domains of rows: one per token of the step, or one per row whose logits are wanted."""
+
+ACTIVATION_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
+"""What activations between matmuls are stored as, by the model's dtype."""
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """The largest step that static buffers are made for."""
+
+    max_tokens: int
+    max_seqs: int
+    max_blocks_per_seq: int
+    max_logit_rows: int
+
+
+class Buffer:
+    """Handle to a static matrix of activations, one row per token or logit row.
+
+    The storage goes back for reuse by operations recorded later when the last reference to the
+    handle is gone: a model's variables decide which values may share memory.
+    """
+
+    def __init__(self, domain: int, dtype: str, array: np.ndarray) -> None:
+        self.domain = domain
+        self.dtype = dtype
+        self.array = array
+        """[rows, columns] view in the numpy dtype of `dtype` (bfloat16 as uint16)."""
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row."""
+        return int(self.array.shape[1])
+
+    @property
+    def matrix(self) -> lib.Matrix:
+        """What the library reads: address and elements between rows."""
+        return lib.Matrix(self.array.ctypes.data, self.array.strides[0] // self.array.itemsize)
+
+
+def _padded_stride(columns: int, itemsize: int) -> int:
+    """Elements between rows: room for whole panels of 32, and an odd number of cache lines.
+
+    Rows an even number of lines apart compete for the same few sets of the L1 cache.
+    """
+    lines = -(-(-(-columns // 32) * 32 * itemsize) // 64)
+    return (lines | 1) * 64 // itemsize
+
+
+class BufferPool:
+    """Storage of activations, reused by shape."""
+
+    def __init__(self, rows: tuple[int, int]) -> None:
+        # Matmuls read rows in blocks of 32; what the rows past the end hold does not matter.
+        self._rows = rows
+        self._allocated_rows = tuple(-(-count // 32) * 32 for count in rows)
+        self._arena = lib.Arena()
+        self._free: dict[tuple[int, int, str, bool], list[np.ndarray]] = {}
+
+    @property
+    def used(self) -> int:
+        """Bytes allocated."""
+        return self._arena.used
+
+    def take(self, domain: int, columns: int, dtype: str, *, padded: bool = True) -> Buffer:
+        """A buffer of this shape, reused or new; `padded` False leaves no gap between rows.
+
+        Columns between the end of a row and its padding are zero and stay so.
+        """
+        key = (domain, columns, dtype, padded)
+        free = self._free.setdefault(key, [])
+        array = free.pop() if free else self._allocate(key)
+        buffer = Buffer(domain, dtype, array)
+        weakref.finalize(buffer, free.append, array).atexit = False
+        return buffer
+
+    def _allocate(self, key: tuple[int, int, str, bool]) -> np.ndarray:
+        domain, columns, dtype, padded = key
+        numpy_dtype = lib.NUMPY_DTYPES[dtype]
+        stride = _padded_stride(columns, numpy_dtype.itemsize) if padded else columns
+        storage = self._arena.take(self._allocated_rows[domain] * stride * numpy_dtype.itemsize)
+        return storage.view(numpy_dtype).reshape(-1, stride)[: self._rows[domain], :columns]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What programs run on: the team, the cache and the largest step."""
+
+    team: lib.Team
+    layout: KvLayout
+    pool: np.ndarray  # [num_blocks, block_bytes] uint8
+    limits: StepLimits
+
+
+class Program:
+    """Operations recorded by `CpuOps`, ready to run.
+
+    Programs recorded by one `CpuOps` share buffers: run them one at a time.
+    """
+
+    def __init__(
+        self, target: Target, ops: Sequence[lib.Op], result: Buffer, keep: Sequence[object]
+    ) -> None:
+        """`keep` holds whatever the operations point to. Raises ValueError for an unfit pool."""
+        block_bytes = target.layout.block_bytes
+        if target.pool.dtype != np.uint8 or target.pool.shape[1:] != (block_bytes,):
+            raise ValueError(f"the pool must be uint8 [blocks, {block_bytes}]")
+        self._library = lib.load()
+        self._target = target
+        self._result = result
+        self._keep = keep
+        self._num_ops = len(ops)
+        self._codes = [op.code for op in ops]
+        self._profile: ctypes.Array[ctypes.c_double] | None = None
+        layout, limits = target.layout, target.limits
+        cache = lib.CacheArgs(
+            target.pool.ctypes.data,
+            len(target.pool),
+            layout.num_layers,
+            layout.num_kv_heads,
+            layout.head_dim,
+        )
+        self._limits = lib.LimitsArgs(
+            limits.max_tokens, limits.max_seqs, limits.max_blocks_per_seq, limits.max_logit_rows
+        )
+        self._handle = self._library.quire_program_create(
+            target.team.handle, cache, lib.DTYPE_CODES[layout.dtype], self._limits
+        )
+        weakref.finalize(self, self._library.quire_program_destroy, self._handle).atexit = False
+        for op in ops:
+            if self._library.quire_program_add(self._handle, op):
+                raise ValueError("all attentions of a program need one ratio of query to KV heads")
+
+    def __len__(self) -> int:
+        return self._num_ops
+
+    def run(self, inputs: StepInputs) -> np.ndarray:
+        """Run the step; the result's rows, a view that the next run overwrites.
+
+        For logits that is float32 [R, V]. Raises ValueError, before anything ran, for inputs
+        beyond the limits or that contradict one another.
+        """
+        self.run_ops(inputs, 0, self._num_ops)
+        rows = inputs.token_ids if self._result.domain == TOKENS else inputs.logit_rows
+        return self._result.array[: len(rows)]
+
+    def run_ops(self, inputs: StepInputs, begin: int, end: int) -> None:
+        """Run operations [begin, end) alone, for tests and measurements."""
+        arrays = [
+            np.ascontiguousarray(array, np.int32)
+            for array in (
+                inputs.token_ids,
+                inputs.positions,
+                inputs.query_start,
+                inputs.context_lens,
+                inputs.block_tables,
+                inputs.logit_rows,
+            )
+        ]
+        token_ids, positions, query_start, context_lens, block_tables, logit_rows = arrays
+        if len(positions) != len(token_ids) or len(query_start) != len(context_lens) + 1:
+            raise ValueError("token_ids and positions, query_start and context_lens must match")
+        if block_tables.ndim != 2 or len(block_tables) != len(context_lens):
+            raise ValueError("block_tables must be [sequences, blocks]")
+        args = lib.StepArgs(
+            *(array.__array_interface__["data"][0] for array in arrays),
+            block_tables.shape[1],
+            len(token_ids),
+            len(context_lens),
+            len(logit_rows),
+        )
+        problem = self._library.quire_program_run(self._handle, args, begin, end)
+        if problem is not None:
+            raise ValueError(f"step cannot run: {problem.decode()}")
+
+    def copy_blocks(self, pairs: np.ndarray) -> None:
+        """Copy whole blocks of the pool, int32 [n, 2] of (from, to), in order.
+
+        Raises ValueError for blocks outside the pool.
+        """
+        pairs = np.ascontiguousarray(pairs, np.int32).reshape(-1, 2)
+        pool = self._target.pool
+        if pairs.size and (pairs.min() < 0 or pairs.max() >= len(pool)):
+            raise ValueError(f"blocks must be in [0, {len(pool)})")
+        self._library.quire_copy_blocks(
+            self._target.team.handle,
+            pool.ctypes.data,
+            self._target.layout.block_bytes,
+            pairs.ctypes.data,
+            len(pairs),
+        )
+
+    def start_profile(self) -> None:
+        """From now on measure the time of each operation."""
+        self._profile = (ctypes.c_double * self._num_ops)()
+        self._library.quire_program_set_profile(self._handle, self._profile)
+
+    def profile(self) -> list[tuple[str, float]]:
+        """(kind, seconds) of each operation, summed over the runs since `start_profile`."""
+        if self._profile is None:
+            raise RuntimeError("start_profile was not called")
+        names = {code: kind.__name__.removesuffix("Args") for kind, code in lib.OP_CODES.items()}
+        return [
+            (names[code], seconds) for code, seconds in zip(self._codes, self._profile, strict=True)
+        ]

@@ -1,0 +1,82 @@
+// Embedding, RMSNorm and the gather of logit rows: one row at a time, rows shared out dynamically.
+// Included once per instruction set; see simd.h.
+
+#pragma once
+
+#include "formats.h"
+#include "gemm.h"
+
+namespace quire {
+namespace {
+
+constexpr int64_t kRowGrain = 2;
+
+template <class F>
+void for_rows(int64_t rows, Worker& worker, const F& body) {
+  for (int64_t begin = worker.claim(kRowGrain); begin < rows; begin = worker.claim(kRowGrain)) {
+    for (int64_t row = begin; row < std::min(begin + kRowGrain, rows); ++row) body(row);
+  }
+}
+
+// Row `id` of a packed matrix: one column of a panel. A tied output matrix is held once, packed for
+// the logits; a row is then `columns` short reads with a stride.
+template <class Format>
+void unpack_row(const EmbedArgs& args, int64_t id, float* out) {
+  using Weight = typename Format::Weight;
+  const int64_t panel = id / kPanel;
+  const int64_t column = id % kPanel;
+  const auto* weights =
+      static_cast<const Weight*>(args.table) + panel * panel_elements<Format>(args.columns);
+  if constexpr (Format::kPairs) {
+    const Weight* half = weights + column / kLanes * 512 + column % kLanes * 2;
+    for (int64_t k = 0; k < args.columns; ++k) {
+      out[k] = to_float(half[k / kPanel * 1024 + k % kPanel / 2 * 32 + k % 2]);
+    }
+  } else {
+    for (int64_t k = 0; k < args.columns; ++k) out[k] = to_float(weights[k * kPanel + column]);
+  }
+}
+
+template <class Format>
+void embed(const EmbedArgs& args, const Step& step, Worker& worker) {
+  for_rows(step.args.num_tokens, worker, [&](int64_t row) {
+    unpack_row<Format>(args, step.args.token_ids[row], row_of<float>(args.out, row));
+  });
+}
+
+// 1 / sqrt(mean(x^2) + eps) over n elements; `square_sum` order: see Lanes.
+inline float inverse_rms(const float* x, int64_t n, float eps) {
+  Lanes squares = splat(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Lanes part = load_some(x + i, n - i);
+    squares = fma(part, part, squares);
+  }
+  return 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps);
+}
+
+template <class T>
+void normalise(const float* x, const float* weight, int64_t n, float eps, T* out) {
+  const Lanes scale = splat(inverse_rms(x, n, eps));
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Lanes scaled = load_some(x + i, n - i) * scale * load_some(weight + i, n - i);
+    store_some(out + i, scaled, n - i);
+  }
+}
+
+template <class Format>
+void rms_norm(const RmsNormArgs& args, int64_t rows, Worker& worker) {
+  for_rows(rows, worker, [&](int64_t row) {
+    normalise(row_of<float>(args.in, row), args.weight, args.columns, args.eps,
+              row_of<typename Format::Activation>(args.out, row));
+  });
+}
+
+inline void take_rows(const TakeRowsArgs& args, const Step& step, Worker& worker) {
+  for_rows(step.args.num_logit_rows, worker, [&](int64_t row) {
+    std::memcpy(row_of<char>(args.out, row), row_of<char>(args.in, step.args.logit_rows[row]),
+                args.row_bytes);
+  });
+}
+
+}  // namespace
+}  // namespace quire

@@ -1,0 +1,148 @@
+// Matmul on AMX tiles, for bf16. See gemm.h for the packed weights; a unit of them is one B tile.
+//
+//              B: 2 tiles = one panel (32 columns), a step of 32 k
+//            +----+----+
+//   A: 2 x   | C0 | C1 |  rows 0-15          tiles 0-3: C, 4-5: A, 6-7: B
+//   16 rows  | C2 | C3 |  rows 16-31         4 loads feed 4 multiplications
+//            +----+----+
+//
+// A lone row and the 32nd of a block take k in the same steps of 32, so they get the same bits.
+// Rows are taken in blocks that stay in the L2 cache while a thread's panels stream past them; a
+// panel is reused from L2 by every 32 rows, and while it is, the next one is fetched in even parts:
+// fetching it all at its first use would leave the tiles idle and then the memory.
+// Included once per instruction set; see simd.h.
+
+#pragma once
+
+#include "epilogue.h"
+#include "tiles.h"
+
+namespace quire {
+namespace {
+
+constexpr int64_t kRowBlockBytes = 1 << 20;  // of a 2 MiB L2
+
+inline void configure_gemm_tiles() {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, kTileRows, 64);
+  configure(config);
+}
+
+// Spreads the fetching of [next, next + bytes) over `steps` calls.
+class SpreadPrefetch {
+ public:
+  SpreadPrefetch(const void* next, int64_t bytes, int64_t steps)
+      : next_(static_cast<const char*>(next)), bytes_(bytes), step_(ceil_div(bytes, steps)) {}
+
+  void step() {
+    const int64_t end = std::min(done_ + step_, bytes_);
+    for (; done_ < end; done_ += 64) prefetch(next_ + done_);
+  }
+
+ private:
+  const char* next_;
+  int64_t bytes_;
+  int64_t step_;
+  int64_t done_ = 0;
+};
+
+inline void multiply_16_rows(const BFloat16* in, int64_t stride, const BFloat16* panel, int64_t k,
+                             SpreadPrefetch& ahead) {
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t i = 0; i < k; i += kPanel, panel += kPanel * kPanel) {
+    ahead.step();
+    _tile_loadd(4, in + i, stride * 2);
+    _tile_loadd(6, panel, 64);
+    _tile_loadd(7, panel + kTileBytes / 2, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+}
+
+inline void multiply_32_rows(const BFloat16* in, int64_t stride, const BFloat16* panel, int64_t k,
+                             SpreadPrefetch& ahead) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const BFloat16* lower = in + kTileRows * stride;
+  for (int64_t i = 0; i < k; i += kPanel, panel += kPanel * kPanel) {
+    ahead.step();
+    _tile_loadd(4, in + i, stride * 2);
+    _tile_loadd(6, panel, 64);
+    _tile_loadd(7, panel + kTileBytes / 2, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, lower + i, stride * 2);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+template <class Finish>
+void finish_rows(const float (&low)[kTileFloats], const float (&high)[kTileFloats], int64_t row,
+                 int64_t rows, int64_t panel, const Finish& finish) {
+  for (int64_t i = 0; i < std::min<int64_t>(rows, kTileRows); ++i) {
+    finish(row + i, panel, load(low + i * kLanes), load(high + i * kLanes));
+  }
+}
+
+// Rows [begin, end) of one panel.
+template <class Finish>
+void amx_panel(const LinearArgs& args, int64_t begin, int64_t end, int64_t panel,
+               const Finish& finish) {
+  alignas(64) float c[4][kTileFloats];
+  const int64_t k = round_up(args.k, kPanel);
+  const int64_t elements = kPanel * k;
+  const auto* weights = static_cast<const BFloat16*>(args.weights) + panel * elements;
+  const int64_t steps = ceil_div(end - begin, 2 * kTileRows) * (k / kPanel);
+  // With one block of rows this is a stream 8 KiB ahead of its use, else the whole next panel.
+  const bool streams = end - begin <= 2 * kTileRows;
+  SpreadPrefetch ahead(weights + (streams ? kPrefetchBytes / 2 : elements), elements * 2, steps);
+  for (int64_t row = begin; row < end; row += 2 * kTileRows) {
+    const BFloat16* in = row_of<BFloat16>(args.in, row);
+    if (end - row <= kTileRows) {
+      multiply_16_rows(in, args.in.stride, weights, k, ahead);
+    } else {
+      multiply_32_rows(in, args.in.stride, weights, k, ahead);
+      _tile_stored(2, c[2], 64);
+      _tile_stored(3, c[3], 64);
+      finish_rows(c[2], c[3], row + kTileRows, end - row - kTileRows, panel, finish);
+    }
+    _tile_stored(0, c[0], 64);
+    _tile_stored(1, c[1], 64);
+    finish_rows(c[0], c[1], row, end - row, panel, finish);
+  }
+}
+
+template <class Finish>
+void amx_gemm(const LinearArgs& args, int64_t rows, Worker& worker, const Finish& finish) {
+  configure_gemm_tiles();
+  const int64_t panels = ceil_div(args.n, kPanel);
+  const int64_t fitting = kRowBlockBytes / (2 * round_up(args.k, kPanel));
+  const int64_t block = std::max<int64_t>(2 * kTileRows, fitting / 32 * 32);
+  const int64_t grain = panel_grain(panels, worker.team.size());
+  const int64_t chunks = ceil_div(panels, grain);
+  const int64_t items = chunks * ceil_div(rows, block);
+  for (int64_t item = worker.claim(1); item < items; item = worker.claim(1)) {
+    const int64_t begin = item / chunks * block;
+    const int64_t end = std::min(begin + block, rows);
+    const int64_t first = item % chunks * grain;
+    for (int64_t panel = first; panel < std::min(first + grain, panels); ++panel) {
+      amx_panel(args, begin, end, panel, finish);
+    }
+  }
+}
+
+template <class Format, class Finish>
+void best_gemm(const LinearArgs& args, int64_t rows, Worker& worker, const Finish& finish) {
+  if constexpr (Format::kPairs) {
+    amx_gemm(args, rows, worker, finish);
+  } else {
+    gemm<Format>(args, rows, worker, finish);
+  }
+}
+
+}  // namespace
+}  // namespace quire
