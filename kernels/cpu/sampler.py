@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from quire.kernels.cpu.library import load
+
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
+    from quire.kernels.cpu.library import Team
     from quire.kernels.sampling import LogitEdits, SamplingBatch
 
 
@@ -125,14 +128,14 @@ def _row_stride(logits: np.ndarray) -> int:
 
 
 class CpuSampler:
-    """Draws tokens with the threads of a team.
+    """Draws tokens with the threads of a team, whose jobs take turns.
 
-    `library` is the loaded shared object and `team` a handle from its `quire_team_create`; both
-    must outlive the sampler. Calls take turns with other jobs of the team.
+    Raises CpuKernelsUnavailable where the library was not built.
     """
 
-    def __init__(self, library: ctypes.CDLL, team: int) -> None:
-        self._team = ctypes.c_void_p(team)
+    def __init__(self, team: Team) -> None:
+        library = load()
+        self._team = team
         self._sample = library.quire_sample
         self._logprobs = library.quire_logprobs
         for function in (self._sample, self._logprobs):
@@ -167,7 +170,7 @@ class CpuSampler:
             tokens=tokens.ctypes.data,
             invalid=flags.ctypes.data,
         )
-        self._sample(self._team, ctypes.byref(args))
+        self._sample(self._team.handle, ctypes.byref(args))
         if invalid is not None:
             invalid[:] = flags
         return tokens
@@ -197,5 +200,5 @@ class CpuSampler:
             top_ids=out.top_ids.ctypes.data,
             top=out.top.ctypes.data,
         )
-        self._logprobs(self._team, ctypes.byref(args))
+        self._logprobs(self._team.handle, ctypes.byref(args))
         return out
