@@ -25,7 +25,7 @@ from quire.engine.loop import EngineLoop
 from quire.proto import worker_pb2, worker_pb2_grpc
 from quire.telemetry.instruments import render
 from quire.worker import convert
-from quire.worker.session import Session, SlowGateway
+from quire.worker.session import GatewaySession, SlowGateway
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -46,8 +46,6 @@ WATCH_LOAD_S = 1.0
 WATCH_EVENTS_S = 0.05
 ENGINE_CALL_TIMEOUT_S = 30.0
 
-ServicerContext = grpc.aio.ServicerContext
-
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Serves from the start: until the engine is attached, requests are told to come later."""
@@ -61,7 +59,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._asyncio = asyncio.get_running_loop()
         self._startup = worker_pb2.Startup(phase="start")
         self._loop: EngineLoop | None = None
-        self._sessions: dict[int, Session] = {}
+        self._sessions: dict[int, GatewaySession] = {}
 
     # ---- start-up
 
@@ -126,10 +124,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Session(
         self,
         request_iterator: AsyncIterator[worker_pb2.SessionRequest],
-        context: ServicerContext,
+        context: grpc.aio.ServicerContext[worker_pb2.SessionRequest, worker_pb2.SessionReply],
     ) -> AsyncIterator[worker_pb2.SessionReply]:
         """All requests of one gateway."""
-        session = Session()
+        session = GatewaySession()
         self._sessions[session.number] = session
         reader = asyncio.create_task(self._read(session, request_iterator))
         try:
@@ -145,7 +143,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     self._loop.abort(request_id)
 
     async def _read(
-        self, session: Session, requests: AsyncIterator[worker_pb2.SessionRequest]
+        self, session: GatewaySession, requests: AsyncIterator[worker_pb2.SessionRequest]
     ) -> None:
         """Take in the gateway's messages; its end, orderly or not, ends the session."""
         try:
@@ -157,7 +155,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         finally:
             session.close()
 
-    def _submit(self, session: Session, submit: worker_pb2.Submit) -> None:
+    def _submit(self, session: GatewaySession, submit: worker_pb2.Submit) -> None:
         request_id = session.open(submit)
         if self._loop is None:
             message = "The model is loading. Please retry."
@@ -177,7 +175,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     # ---- Watch
 
     async def Watch(
-        self, request: worker_pb2.WatchRequest, context: ServicerContext
+        self,
+        request: worker_pb2.WatchRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.WatchRequest, worker_pb2.WorkerUpdate],
     ) -> AsyncIterator[worker_pb2.WorkerUpdate]:
         """Start-up phases, the model, then load and cache events."""
         shown = None
@@ -235,7 +235,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     # ---- Control
 
     async def Control(
-        self, request: worker_pb2.ControlRequest, context: ServicerContext
+        self,
+        request: worker_pb2.ControlRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.ControlRequest, worker_pb2.ControlReply],
     ) -> worker_pb2.ControlReply:
         """Commands to the worker as a whole."""
         loop = self._loop

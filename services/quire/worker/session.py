@@ -25,7 +25,7 @@ class SlowGateway(Exception):
     """The gateway reads more slowly than the engine writes, for too long."""
 
 
-class Session:
+class GatewaySession:
     """Requests of one gateway, by the engine's id for them.
 
     Lives on the event loop. Outputs of steps that the gateway has not read yet are sent together,

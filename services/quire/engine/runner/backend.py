@@ -37,10 +37,15 @@ class StepLimits:
 class Backend(Protocol):
     """What the runner needs of a device."""
 
-    ops: Ops
     layout: KvLayout
     device_type: str
     """cpu or cuda."""
+    is_batch_invariant: bool
+    """A row's logits are the same bits whatever shares its step and however its prompt was cut."""
+
+    @property
+    def ops(self) -> Ops:
+        """The operations the model is built over."""
 
     def allocate(self, model: Llama, num_blocks: int) -> None:
         """Give the backend a zeroed pool of `num_blocks` and get the model's step ready to run.
@@ -62,6 +67,8 @@ class Backend(Protocol):
 
 class TorchBackend:
     """Eager torch: CUDA, and any machine without the compiled CPU kernels."""
+
+    is_batch_invariant = False
 
     def __init__(self, layout: KvLayout, device: str) -> None:
         from quire.kernels.torch_ops import TorchOps

@@ -92,7 +92,7 @@ class Scheduler:
 
     def finish_request(self, request_id: str, reason: FinishReason) -> list[ChoiceOutput]:
         """End a request now, wherever it is; every block is released. Unknown ids are ignored."""
-        outputs = []
+        outputs: list[ChoiceOutput] = []
         for seq in list(self._requests.get(request_id, ())):
             position = seq.num_output
             outputs.extend(
@@ -143,8 +143,8 @@ class Scheduler:
                 continue  # preempted meanwhile
             budget, rows = self._schedule_chunk(seq, chunks, budget, rows)
         if self.counters.preemptions == preemptions:
-            while budget > 0 and (seq := self.waiting.peek()) is not None and self._admit(seq):
-                budget, rows = self._schedule_chunk(seq, chunks, budget, rows)
+            while budget > 0 and (new := self.waiting.peek()) is not None and self._admit(new):
+                budget, rows = self._schedule_chunk(new, chunks, budget, rows)
         if not chunks:
             return None
         step = self.counters.steps
