@@ -138,6 +138,8 @@ def _add_options(parser: argparse.ArgumentParser, owner: type[Any], positional: 
     docs = field_docs(owner)
     groups = {group.title: group for group in parser._action_groups}
     for o in options_of(owner):
+        if o.flags[0] in parser._option_string_actions:
+            continue  # two configs share the option: both get its value
         title = o.spelling.group
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
