@@ -20,7 +20,7 @@ from quire.kernels.layout import KvOrder
 
 LIBRARY = Path(__file__).resolve().parent.parent / "libquire_cpu.so"
 
-ISAS = ("generic", "avx2", "avx512", "amx")
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 """What `QUIRE_CPU_ISA` may lower the choice of instruction set to."""
 
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -272,9 +272,8 @@ def isa() -> str:
 
 
 def available_isas() -> tuple[str, ...]:
-    """Values of QUIRE_CPU_ISA up to the one in use, which differ in what they select here."""
-    best = isa().removesuffix("_bf16")
-    return ISAS[: ISAS.index(best) + 1]
+    """Values of QUIRE_CPU_ISA up to the one in use."""
+    return ISAS[: ISAS.index(isa()) + 1]
 
 
 class Team:

@@ -73,7 +73,7 @@ bool has_amx() {
 
 #endif
 
-enum Level { kGeneric, kAvx2, kAvx512, kAmx };
+enum Level { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 Level allowed_level() {
   const char* name = std::getenv("QUIRE_CPU_ISA");
@@ -81,6 +81,7 @@ Level allowed_level() {
   if (std::strcmp(name, "generic") == 0) return kGeneric;
   if (std::strcmp(name, "avx2") == 0) return kAvx2;
   if (std::strcmp(name, "avx512") == 0) return kAvx512;
+  if (std::strcmp(name, "avx512_bf16") == 0) return kAvx512Bf16;
   return kAmx;  // names are checked in kernels/cpu/library.py
 }
 
@@ -90,7 +91,7 @@ const Kernels& choose() {
   if (level >= kAmx && has_amx()) return amx_kernels();
 #endif
 #if defined(QUIRE_HAVE_AVX512_BF16)
-  if (level >= kAvx512 && has_avx512_bf16()) return avx512_bf16_kernels();
+  if (level >= kAvx512Bf16 && has_avx512_bf16()) return avx512_bf16_kernels();
 #endif
 #if defined(QUIRE_HAVE_AVX512)
   if (level >= kAvx512 && has_avx512()) return avx512_kernels();

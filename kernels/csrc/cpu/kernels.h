@@ -229,7 +229,7 @@ const Kernels& avx512_bf16_kernels();
 const Kernels& amx_kernels();
 
 // The best table that was built and that this machine can run, or the one that the environment
-// variable QUIRE_CPU_ISA (generic, avx2, avx512, amx) lowers the choice to. Chosen once.
+// variable QUIRE_CPU_ISA (generic, avx2, avx512, avx512_bf16, amx) lowers the choice to. Chosen once.
 const Kernels& kernels();
 
 }  // namespace quire
