@@ -38,6 +38,7 @@ STATUS: dict[str, tuple[int, str]] = {
     "rate_limit_exceeded": (429, "requests"),
     "overloaded": (503, "server_error"),
     "not_ready": (503, "server_error"),
+    "worker_lost": (503, "server_error"),
     "deadline_exceeded": (504, "server_error"),
     "internal_error": (500, "server_error"),
 }

@@ -112,7 +112,9 @@ class ControlTokens:
         (encoding,) = twin.encode_batch_fast([plain], add_special_tokens=False)
         # the unknown token is not counted: plain text may well become it
         unknown_id = -1 if unknown is None else twin.token_to_id(unknown)
-        written = plain.count(OPEN) - (plain.count(unknown) if unknown_id in self._ids else 0)
+        written = plain.count(OPEN) - (
+            plain.count(unknown) if unknown and unknown_id in self._ids else 0
+        )
         if sum(1 for i in encoding.ids if i in self._ids and i != unknown_id) != written:
             message = "The messages contain control tokens of the model."
             raise ApiError("invalid_value", message, "messages")

@@ -53,7 +53,8 @@ class TokenText:
     """The bytes it stands for; those of all tokens, joined, are the text's."""
     offset: int
     """Characters of the choice's text before it."""
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt, which nothing precedes."""
     rank: int
     top: tuple[TopToken, ...]
 

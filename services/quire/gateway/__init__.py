@@ -1,0 +1,1 @@
+"""The gateway: OpenAI HTTP in, tokens out. Imports neither torch nor transformers."""

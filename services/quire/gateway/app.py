@@ -1,0 +1,126 @@
+"""The application, put together: everything is built once, here, and passed on by hand.
+
+Boundary (ids, errors, log) > CORS > Authentication > routes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route, Router
+
+from quire import __version__
+from quire.gateway.admission import Admission
+from quire.gateway.auth import Authentication, api_keys
+from quire.gateway.boundary import Boundary
+from quire.gateway.health import Health
+from quire.gateway.pacemaker import Pacemaker
+from quire.gateway.pipeline import Parts, Pipeline
+from quire.gateway.routes import Facts, ModelRoutes, TokenRoutes, embeddings
+from quire.gateway.served_model import ModelLoader
+from quire.gateway.traffic import Traffic
+from quire.gateway.worker_client import WorkerClient
+from quire.telemetry import metrics as m
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from prometheus_client.registry import CollectorRegistry
+    from starlette.routing import BaseRoute
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from quire.config.engine import EngineConfig
+    from quire.config.gateway import GatewayConfig
+    from quire.gateway.worker import Worker
+    from quire.telemetry.instruments import Instruments
+
+
+def create_app(
+    config: GatewayConfig,
+    engine: EngineConfig,
+    worker: str | Worker,
+    instruments: Instruments,
+    registry: CollectorRegistry,
+) -> ASGIApp:
+    """The gateway for one worker, given by its gRPC address or as an object.
+
+    `engine` says where the tokenizer is; `registry` is what /metrics shows, with `instruments`
+    registered in it. The lifespan must run: it keeps the connection to the worker.
+    """
+    if isinstance(worker, str):
+        worker = WorkerClient(worker, max_backlog=config.max_stream_backlog)
+    parts = Parts(
+        config=config,
+        worker=worker,
+        models=ModelLoader(config, engine, worker),
+        admission=Admission(config.max_open_requests),
+        pacemaker=Pacemaker(config.sse_keep_alive_interval),
+        traffic=Traffic(instruments),
+        threads=ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize"),
+    )
+    instruments.get(m.BUILD_INFO).set(version=__version__, python=platform.python_version())
+    routes = _routes(parts, Health(worker, parts.models), registry)
+    app: ASGIApp = Router(routes, redirect_slashes=False, lifespan=lambda _: _lifespan(parts))
+    app = Authentication(app, api_keys(config.api_key))
+    if config.allowed_origins:
+        app = CORSMiddleware(
+            app, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    known = frozenset(route.path for route in routes if isinstance(route, Route))
+    return Boundary(app, parts.traffic, known, log_access=not config.disable_access_log)
+
+
+def _routes(parts: Parts, health: Health, registry: CollectorRegistry) -> list[BaseRoute]:
+    pipeline, models, tokens = Pipeline(parts), ModelRoutes(parts), TokenRoutes(parts)
+    facts = Facts(parts, registry)
+    return [
+        Route("/v1/chat/completions", _Raw(pipeline.chat), methods=["POST"]),
+        Route("/v1/completions", _Raw(pipeline.completions), methods=["POST"]),
+        Route("/v1/models", models.list),
+        Route("/v1/models/{name:path}", models.retrieve),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/livez", health.livez),
+        Route("/readyz", health.readyz),
+        Route("/startupz", health.startupz),
+        Route("/health", health.health),
+        Route("/ping", health.health, methods=["GET", "POST"]),
+        Route("/version", facts.version),
+        Route("/load", facts.load),
+        Route("/metrics", facts.metrics),
+    ]
+
+
+class _Raw:
+    """An endpoint that speaks ASGI: Starlette wraps functions, and leaves objects alone."""
+
+    def __init__(self, serve: Callable[[Scope, Receive, Send], object]) -> None:
+        self._serve = serve
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._serve(scope, receive, send)  # type: ignore[misc]
+
+
+@asynccontextmanager
+async def _lifespan(parts: Parts) -> AsyncIterator[None]:
+    tasks = [
+        asyncio.create_task(job, name=name)
+        for name, job in (
+            ("worker connection", parts.worker.run()),
+            ("model", parts.models.run()),
+            ("pacemaker", parts.pacemaker.run()),
+        )
+    ]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        parts.threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,67 @@
+"""API keys: every path needs one, except those named here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+from quire.api.errors import ApiError
+from quire.gateway.scope import header, path_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+PUBLIC = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping", "/version"})
+"""Paths that answer without a key: probes have none."""
+KEY_VARIABLES = ("QUIRE_API_KEY", "VLLM_API_KEY")
+SALT_BYTES = 16
+
+
+def api_keys(
+    configured: Iterable[str], environment: Mapping[str, str] = os.environ
+) -> tuple[str, ...]:
+    """The configured keys and those of the environment, without repeats."""
+    given = (environment.get(name, "") for name in KEY_VARIABLES)
+    return tuple(dict.fromkeys([*configured, *(key for key in given if key)]))
+
+
+class Authentication:
+    """Lets requests through that carry one of the keys as a bearer token.
+
+    Keys are compared as digests, all of them, in constant time. A key is a tenant: its digest
+    salts the prefix cache, so that no tenant can find out what another has asked.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises ApiError invalid_api_key."""
+        # the path of the request line: one made from the Host header has let requests through
+        # elsewhere
+        if scope["type"] == "http" and self._digests and path_of(scope) not in PUBLIC:
+            digest = self._authenticate(scope)
+            salt = hashlib.blake2b(digest, digest_size=SALT_BYTES, person=b"quire tenant").digest()
+            scope.setdefault("state", {})["cache_salt"] = salt
+        await self._app(scope, receive, send)
+
+    def _authenticate(self, scope: Scope) -> bytes:
+        values = [v for k, v in scope["headers"] if k == b"authorization"]
+        if not values:
+            message = "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'."
+            raise ApiError("invalid_api_key", message)
+        scheme, _, token = header(scope, b"authorization").partition(" ")
+        digest = _digest(token.strip())
+        matches = [secrets.compare_digest(digest, known) for known in self._digests]
+        if len(values) > 1 or scheme.lower() != "bearer" or not any(matches):
+            raise ApiError("invalid_api_key", "Incorrect API key provided.")
+        return digest
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

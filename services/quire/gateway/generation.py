@@ -1,0 +1,160 @@
+"""All choices of one HTTP request, growing as tokens arrive.
+
+Choice `p * n + c` is choice `c` of prompt `p`; each prompt is one request to the worker.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quire.api.errors import ApiError
+from quire.api.openai import Usage
+from quire.gateway.journal import Journal, Verdict
+from quire.gateway.worker import worker_lost
+from quire.proto import common_pb2, worker_pb2
+from quire.text.output import ChoiceText, End
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quire.api.sampling import SamplingParams
+    from quire.gateway.prompts import Prompt
+    from quire.gateway.replies import Replies
+    from quire.gateway.request import GenerationRequest
+    from quire.proto.common_pb2 import TokenLogprob
+    from quire.text.output import TextDelta
+    from quire.text.tokenizer import Tokenizer
+
+_REASONS = {
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+    common_pb2.FINISH_REASON_ABORT: "abort",
+    common_pb2.FINISH_REASON_DEADLINE: "deadline",
+}
+
+
+class Generation:
+    """What a request has produced so far."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[Prompt],
+        tokenizer: Tokenizer,
+        submits: Sequence[worker_pb2.Submit],
+    ) -> None:
+        self.submits = submits
+        self.request = request
+        self.prompts = prompts
+        self.tokenizer = tokenizer
+        self.journals = [Journal(submit) for submit in submits]
+        self.n = request.params.n
+        self.choices = [ChoiceText(tokenizer, request.params) for _ in range(len(prompts) * self.n)]
+        self.prompt_scores: dict[int, Sequence[TokenLogprob]] = {}
+        """By prompt; entry i is for its token i + 1."""
+        self._cached_tokens = 0
+        self._open = len(self.choices)
+
+    @property
+    def done(self) -> bool:
+        """Every choice has ended."""
+        return self._open == 0
+
+    @property
+    def needs_no_worker(self) -> bool:
+        """The prompt is to be echoed, and nothing else."""
+        request = self.request
+        return (
+            request.max_tokens == 0
+            and request.params.prompt_logprobs is None
+            and not (request.delivery.stream)
+        )
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far. Tokens drawn only to score a prompt are not counted."""
+        scores_only = self.request.max_tokens == 0
+        return Usage(
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
+            completion_tokens=0 if scores_only else sum(c.num_tokens for c in self.choices),
+            cached_tokens=self._cached_tokens,
+        )
+
+    def take(
+        self, index: int, output: worker_pb2.ChoiceOutput, replies: Replies
+    ) -> tuple[int, TextDelta] | None:
+        """Add an output of prompt `index`: (choice, what is new), or None if it is not news.
+
+        Raises ApiError when tokens are missing before it, or its deadline passed.
+        """
+        journal = self.journals[index]
+        verdict = journal.judge(output)
+        if verdict is Verdict.GAP:
+            replies.abort(index)
+            raise worker_lost()
+        if verdict is Verdict.STALE:
+            return None
+        if output.HasField("admission"):
+            self._cached_tokens += output.admission.cached_tokens
+            self.prompt_scores[index] = output.prompt_logprobs
+        choice = index * self.n + output.choice
+        text = self.choices[choice]
+        if text.finish_reason is not None:  # at a stop string, while others of the prompt go on
+            return None
+        delta = text.push(output.token_ids, output.logprobs, _end(output))
+        journal.append(output.choice, list(output.token_ids[: delta.num_tokens]))
+        if delta.finish_reason is not None:
+            self._close(index, delta.finish_reason, replies)
+        return choice, delta
+
+    def _close(self, index: int, reason: str, replies: Replies) -> None:
+        if reason == "deadline":
+            raise ApiError("deadline_exceeded", "The request took longer than it was allowed to.")
+        if reason == "abort":  # nobody here asked for it
+            raise worker_lost()
+        self._open -= 1
+        siblings = self.choices[index * self.n : (index + 1) * self.n]
+        if all(choice.finish_reason is not None for choice in siblings):
+            replies.abort(index)  # a stop string ended it before the engine knew
+
+
+def _end(output: worker_pb2.ChoiceOutput) -> End | None:
+    if output.finish_reason == common_pb2.FINISH_REASON_UNSPECIFIED:
+        return None
+    stop_token_id = output.stop_token_id if output.HasField("stop_token_id") else None
+    return End(_REASONS.get(output.finish_reason, "abort"), stop_token_id)
+
+
+def submit_message(request: GenerationRequest, prompt: Prompt, seed: int) -> worker_pb2.Submit:
+    """The request for one prompt, as the worker gets it; identity and limits are the caller's."""
+    return worker_pb2.Submit(
+        prompt_token_ids=prompt.token_ids,
+        sampling=_sampling(request.params, max(prompt.max_tokens, 1), seed),
+        priority=request.priority,
+    )
+
+
+def _sampling(params: SamplingParams, max_tokens: int, seed: int) -> common_pb2.Sampling:
+    message = common_pb2.Sampling(
+        n=params.n,
+        max_tokens=max_tokens,
+        min_tokens=params.min_tokens,
+        temperature=0.0 if params.is_greedy else params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        seed=seed % 2**64,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logit_bias=params.logit_bias,
+        allowed_token_ids=params.allowed_token_ids or (),
+        bad_words=[common_pb2.TokenIds(ids=ids) for ids in params.bad_words_ids],
+    )
+    if params.logprobs is not None:
+        message.logprobs = params.logprobs
+    if params.prompt_logprobs is not None:
+        message.prompt_logprobs = params.prompt_logprobs
+    return message

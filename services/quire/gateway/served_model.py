@@ -1,0 +1,123 @@
+"""The model this gateway serves: its names, its facts from the worker, its tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quire.api.errors import ApiError, echo
+from quire.text.folder import read_json, resolve_folder
+from quire.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from quire.config.engine import EngineConfig
+    from quire.config.gateway import GatewayConfig
+    from quire.gateway.worker import Worker
+    from quire.proto.worker_pb2 import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 2.0
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Sampling defaults that a model's generation_config.json may set, as in vLLM."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that requests can be made for."""
+
+    names: tuple[str, ...]
+    """What clients call it; the first is shown in answers to requests without a model."""
+    info: ModelInfo
+    tokenizer: Tokenizer
+    defaults: dict[str, Any]
+    """Sampling parameters where a request gives none."""
+    created: int
+    """Unix time, seconds."""
+
+    def name_for(self, asked: str | None) -> str:
+        """The name to answer under. Raises ApiError when the model is not served."""
+        if asked is None:
+            return self.names[0]
+        if asked in self.names:
+            return asked
+        message = (
+            f"The model {_shown(asked)} does not exist or you do not have access to it. "
+            f"Served here: {', '.join(self.names)}."
+        )
+        raise ApiError("model_not_found", message, "model")
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What `chat_template_kwargs` may set."""
+        chat = self.tokenizer.chat
+        return chat.variables - set(self.tokenizer.special_tokens) if chat else frozenset()
+
+
+class ModelLoader:
+    """Keeps `served` in step with what the worker serves. `run` must be running."""
+
+    def __init__(self, config: GatewayConfig, engine: EngineConfig, worker: Worker) -> None:
+        self._config = config
+        self._engine = engine
+        self._worker = worker
+        self._served: ServedModel | None = None
+
+    @property
+    def served(self) -> ServedModel | None:
+        """The model, None while it is not ready or the worker is away."""
+        return self._served if self._worker.ready else None
+
+    def require(self) -> ServedModel:
+        """The model. Raises ApiError not_ready."""
+        served = self.served
+        if served is None:
+            phase = self._worker.startup.phase or "start"
+            message = f"The model is not ready yet (phase: {phase}). Please retry."
+            raise ApiError("not_ready", message, retry_after_s=RETRY_AFTER_S)
+        return served
+
+    async def run(self) -> None:
+        """Load the tokenizer when the worker has loaded its model, and again if that changes."""
+        # beside the engine, which takes longer; a failure shows when the model is known
+        early = asyncio.create_task(asyncio.to_thread(self._load, self._engine.model))
+        try:
+            await asyncio.wait((early,))
+            while True:
+                info = await self._worker.wait_ready()
+                if self._served is None or self._served.info.model != info.model:
+                    is_early = info.model == self._engine.model and early.exception() is None
+                    tokenizer = (
+                        early.result()
+                        if is_early
+                        else await asyncio.to_thread(self._load, info.model)
+                    )
+                    self._served = self._serve(info, tokenizer)
+                elif self._served.info != info:  # restarted
+                    self._served = self._serve(info, self._served.tokenizer)
+                await self._worker.wait_lost()
+        finally:
+            early.cancel()
+
+    def _load(self, model: str) -> Tokenizer:
+        source = self._engine.tokenizer or model
+        revision = self._engine.revision if model == self._engine.model else None
+        began = time.monotonic()
+        folder = resolve_folder(source, revision)
+        tokenizer = Tokenizer(folder, chat_template=self._config.chat_template)
+        tokenizer.detokenizer()  # its table, so that the first request need not wait for it
+        logger.info("tokenizer of %s loaded in %.1f s", source, time.monotonic() - began)
+        return tokenizer
+
+    def _serve(self, info: ModelInfo, tokenizer: Tokenizer) -> ServedModel:
+        generation = read_json(tokenizer.folder, "generation_config.json")
+        defaults = {k: generation[k] for k in DEFAULTS if generation.get(k) is not None}
+        names = self._config.served_model_name or (info.model,)
+        return ServedModel(tuple(names), info, tokenizer, defaults, int(time.time()))
+
+
+def _shown(name: str) -> str:
+    return "`" + echo(name)[1:-1] + "`"
