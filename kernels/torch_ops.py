@@ -143,6 +143,7 @@ class TorchOps:
         self.pool = torch.zeros(
             (num_blocks, *layout.block_shape), dtype=self.dtype, device=self.device
         )
+        self.device = self.pool.device  # with its index
         self._step: Step | None = None
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -174,7 +175,7 @@ class TorchOps:
 
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the ops' device, copied there once (a norm's weight, a rope table)."""
-        if tensor.device.type == self.device.type:
+        if tensor.device == self.device:
             return tensor
         # the original is kept too, so that its id is not given to another tensor
         if id(tensor) not in self._copies:

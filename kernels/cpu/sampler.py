@@ -127,6 +127,12 @@ def _row_stride(logits: np.ndarray) -> int:
     return logits.strides[0] // 4
 
 
+def _check_rows(logits: np.ndarray, rows: np.ndarray) -> None:
+    """Raise IndexError for rows that logits [R, V] does not have: the library would read them."""
+    if len(rows) and not (rows.min() >= 0 and rows.max() < logits.shape[0]):
+        raise IndexError(f"an index is outside of 0 .. {logits.shape[0] - 1}")
+
+
 class CpuSampler:
     """Draws tokens with the threads of a team, whose jobs take turns.
 
@@ -148,7 +154,9 @@ class CpuSampler:
         """Draw one token for each of the N draws from float32 logits [R, V]: int32 [N].
 
         `invalid` bool [N], when given, is set where a draw had no candidate (its token is 0).
+        Raises IndexError for a row out of range, ValueError for logits of another type.
         """
+        _check_rows(logits, batch.rows)
         num_draws = len(batch.rows)
         tokens = np.empty(num_draws, np.int32)
         flags = np.empty(num_draws, np.uint8)
@@ -178,7 +186,12 @@ class CpuSampler:
     def logprobs(
         self, logits: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, num_top: int
     ) -> Logprobs:
-        """Log-softmax in float32 of the raw rows [N] of logits [R, V] at token_ids [N]."""
+        """Log-softmax in float32 of the raw rows [N] of logits [R, V] at token_ids [N].
+
+        Raises IndexError for a row or token out of range, ValueError for logits of another type.
+        """
+        _check_rows(logits, rows)
+        _check_rows(logits.T, np.asarray(token_ids))
         num_draws, num_top = len(rows), min(num_top, logits.shape[1])
         out = Logprobs(
             np.empty(num_draws, np.float32),

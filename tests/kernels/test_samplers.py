@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.kernels import cpu, torch_sampler
@@ -229,9 +229,14 @@ def test_noise_has_the_gumbel_distribution() -> None:
 # --- draws ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(
+    max_examples=40,
+    deadline=None,
+    # a sampler has no state that one example could leave to the next
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
-def test_draws_follow_the_contract(data) -> None:
+def test_draws_follow_the_contract(data, sample) -> None:
     """Any filters, any edits, tied logits: the drawn token is one the slow reading allows."""
     vocabulary = data.draw(st.integers(1, 90), label="vocabulary")
     num_draws, num_rows = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
@@ -270,7 +275,7 @@ def test_draws_follow_the_contract(data) -> None:
         position=rng.integers(0, 2**32, num_draws, np.uint32),
         edits=edits,
     )
-    tokens = torch_sample(logits, batch)
+    tokens = sample(logits, batch)
     assert_drawn_by_the_contract(tokens, logits, batch)
 
 
@@ -524,3 +529,11 @@ def test_logits_of_another_type_are_refused(cpu_samplers) -> None:
         cpu_samplers[0].sample(np.zeros((1, 8), np.float64), make_batch(1))
     with pytest.raises(ValueError, match="contiguous"):
         cpu_samplers[0].sample(np.zeros((1, 16), np.float32)[:, ::2], make_batch(1))
+
+
+def test_what_would_be_read_out_of_bounds_is_refused(cpu_samplers) -> None:
+    logits = np.zeros((2, 8), np.float32)
+    with pytest.raises(IndexError):
+        cpu_samplers[0].sample(logits, make_batch(1, rows=2))
+    with pytest.raises(IndexError):
+        cpu_samplers[0].logprobs(logits, np.zeros(1, np.int32), np.array([8]), 1)
