@@ -51,6 +51,7 @@ COMMAND = Command(
 )
 CANNOT_LISTEN = 1
 FORCED = 130
+READY_POLL_S = 0.05
 GIVE_UP_GRACE_S = 1
 """For answering requests that waited for a worker which will not come."""
 
@@ -118,7 +119,7 @@ class _Serving:
         worker = asyncio.create_task(supervisor.run()) if supervisor is not None else None
         await asyncio.sleep(0)  # the worker starts before the imports below
         server = await self._make_server(address)
-        watching = asyncio.create_task(self._watch(address, supervisor).run())
+        watching = asyncio.create_task(self._watch(server.config.app, address, supervisor).run())
         try:
             with _signals(server, supervisor):
                 serving = asyncio.create_task(server.serve(sockets=[self.sock]))
@@ -141,10 +142,12 @@ class _Serving:
         import uvicorn
 
         from quire.gateway.app import create_app
+        from quire.gateway.http_protocol import BoundedHttpProtocol
 
         app = create_app(self.gateway, self.engine, address, self.instruments, self.registry)
         config = uvicorn.Config(
             app,
+            http=BoundedHttpProtocol,
             log_config=None,
             log_level=self.gateway.uvicorn_log_level,
             access_log=False,
@@ -161,14 +164,17 @@ class _Serving:
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
         return server
 
-    def _watch(self, address: str, supervisor: Supervisor | None) -> StartupWatch:
+    def _watch(self, app: Any, address: str, supervisor: Supervisor | None) -> StartupWatch:
         """Show each start of the worker; at the end of the first, say how to use the server."""
 
-        def ready(_: object) -> None:
+        async def ready() -> None:
             if supervisor is not None:
                 supervisor.ready()
+            # The application has yet to notice, and only its probe says when it has.
+            while await _status(app, "/readyz") != 200:  # noqa: ASYNC110
+                await asyncio.sleep(READY_POLL_S)
             if self.greeted:
-                logger.info("the worker is ready again")
+                logger.info("ready again")
             else:
                 took = time.monotonic() - self.began
                 print(greeting(self.gateway, self.model_name, took), flush=True)
@@ -188,6 +194,26 @@ def greeting(gateway: GatewayConfig, model: str, took_s: float) -> str:
     parts += ["-H 'Content-Type: application/json'", "-d", shlex.quote(body)]
     where = gateway.url if gateway.uds is None else gateway.uds
     return f"quire: {model} is ready at {where} ({took_s:.1f} s)\n{' '.join(parts)}"
+
+
+async def _status(app: Any, path: str) -> int:
+    """Status of a GET to an application in this process, without the network in between."""
+    statuses: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    scope: dict[str, Any] = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET",
+        "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "root_path": "", "headers": [], "client": None, "server": None,
+    }  # fmt: skip
+    await app(scope, receive, send)
+    return statuses[0]
 
 
 @contextmanager

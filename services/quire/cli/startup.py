@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     import grpc
 
@@ -79,8 +79,8 @@ class StartupWatch:
     address: str
     """gRPC address; nobody needs to listen there yet."""
     display: Display
-    on_ready: Callable[[worker_pb2.ModelInfo], None]
-    """Called once per worker that became ready."""
+    on_ready: Callable[[], Awaitable[None]]
+    """Called once for each worker that became ready."""
     _state: worker_pb2.Startup | None = None
     _began: float = 0.0
 
@@ -119,7 +119,7 @@ class StartupWatch:
             elif kind == "model":
                 self._state = None
                 self.display.done()
-                self.on_ready(update.model)
+                await self.on_ready()
 
     async def _tick(self) -> None:
         while True:
@@ -137,7 +137,8 @@ def describe(startup: worker_pb2.Startup, elapsed_s: float) -> str:
     if startup.total:
         parts.append(f"{100 * startup.done // startup.total}%")
         if startup.unit == "bytes":
-            parts.append(f"{startup.done / 1e9:.1f}/{startup.total / 1e9:.1f} GB")
+            unit, scale = ("GB", 1e9) if startup.total >= 1e9 else ("MB", 1e6)
+            parts.append(f"{startup.done / scale:.1f}/{startup.total / scale:.1f} {unit}")
         else:
             parts.append(f"{startup.done}/{startup.total} {startup.unit}".rstrip())
     text = " ".join(parts) + (f": {startup.detail}" if startup.detail else "")

@@ -17,6 +17,8 @@ class FakeServer:
     usage: bool = True
     fragment: int | None = None
     """Write the answer in pieces of so many bytes, wherever they fall."""
+    ids: bool = True
+    """Events carry an id before their data."""
     url: str = ""
     requests: list = field(default_factory=list)
     headers: list = field(default_factory=list)
@@ -101,7 +103,8 @@ class FakeServer:
         return True
 
     async def event(self, writer, value):
-        await self.chunk(writer, b"data: " + json.dumps(value).encode() + b"\n\n")
+        number = b"id: 1\n" if self.ids else b""
+        await self.chunk(writer, number + b"data: " + json.dumps(value).encode() + b"\n\n")
 
     async def chunk(self, writer, data):
         await self.write(writer, f"{len(data):x}\r\n".encode() + data + b"\r\n")

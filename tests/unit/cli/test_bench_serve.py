@@ -52,7 +52,10 @@ async def test_connections_are_used_again(serving):
 
 
 async def test_without_usage_events_are_counted(serving):
-    async with serving(usage=False) as server, Client(Endpoint(server.url), 10) as client:
+    async with (
+        serving(usage=False, ids=False) as server,
+        Client(Endpoint(server.url), 10) as client,
+    ):
         assert (await client.stream("/v1/completions", body())).output_tokens == 4
 
 

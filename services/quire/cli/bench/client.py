@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Text of a completion, a chat delta or a reasoning delta that is not empty.
 _HAS_TEXT = re.compile(rb'"(?:text|content|reasoning_content|reasoning)"\s*:\s*"(?!")')
+_DATA = re.compile(rb"^data:", re.MULTILINE)  # an id or an event name may come before it
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _MAX_ERROR = 300
 
@@ -170,17 +171,19 @@ class _Stream:
             data = data.replace(b"\r\n", b"\n")
         *events, self._rest = (self._rest + data).split(b"\n\n")
         for event in events:
-            if not event.startswith(b"data:"):
+            found = _DATA.search(event)
+            if found is None:
                 continue  # a comment that keeps the connection open
             self._last = now
-            if event[5:].strip() == b"[DONE]":
+            payload = event[found.end() :]
+            if payload.strip() == b"[DONE]":
                 self._done = True
-            elif _HAS_TEXT.search(event):
+            elif _HAS_TEXT.search(payload):
                 self._outcome.arrivals.append(now)
-            if _USAGE.search(event):
-                self._usage = event[5:]
-            elif b'"error"' in event and b'"choices"' not in event:
-                self._failure = event[5:]
+            if _USAGE.search(payload):
+                self._usage = payload
+            elif b'"error"' in payload and b'"choices"' not in payload:
+                self._failure = payload
 
     def finish(self, status: int) -> None:
         """Judge the answer after its last byte."""
