@@ -14,8 +14,7 @@ wires operations. Symbols used in shapes below:
     T tokens of the step (rows), S sequences of the step, R rows whose logits are wanted,
     H hidden size, V vocabulary, nh/nkv query/KV heads of this rank, hd head size.
 
-The residual stream is float32 [T, H] on the recording path (better than bf16, and free there) and
-the model's dtype on the eager path.
+The residual stream is float32 [T, H] whatever the model's dtype.
 """
 
 from __future__ import annotations

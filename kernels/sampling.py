@@ -7,12 +7,15 @@ that a token shares, a preemption, a migration or a speculative guess do not cha
 
     key      = (seed low 32, seed high 32)
     counter  = (position, choice, token_id // 4, 0); token_id % 4 picks the output word
-    uniform  = (word >> 8) * 2**-24 + 2**-25, a float32 in (0, 1) exclusive
-    noise    = -log(-log(uniform)), float32
+    uniform  = min((word >> 1) * 2**-31 + 2**-32, 1 - 2**-24), float32 (fine-grained near 0)
+    noise    = -log(-log1p(-uniform)), rounded once to float32; in [-2.82, 22.19]
+    score    = (logit - largest logit) / temperature + noise
 
 Order of the filters, per draw: edits (allowed mask, bias, repetition, then frequency and presence
 penalties, over a private copy of the row), temperature, top-k, top-p, min-p, draw. Greedy
-(temperature 0) is argmax after the edits; ties go to the lowest token id everywhere.
+(temperature below 1e-5) is argmax after the edits; ties go to the lowest token id everywhere. NaN
+counts as -inf, +inf as the largest float; token ids outside the vocabulary in histories and biases
+are skipped.
 """
 
 from __future__ import annotations

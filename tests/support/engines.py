@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire.api.sampling import SamplingParams
 from quire.config.engine import EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.models.config import ModelConfig, RopeConfig
-from quire.engine.output import ChoiceOutput
 from quire.engine.request import EngineRequest
 from quire.engine.runner.backend import StepLimits
 from quire.engine.runner.fake import FakeRunner, expected_token
 from quire.engine.runner.load import LoadedModel
+
+if TYPE_CHECKING:
+    from quire.engine.output import ChoiceOutput
 
 EOS = 0
 

@@ -7,8 +7,10 @@ are no power of two, one and three KV heads, tied and untied heads, biases, wind
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VOCAB = 307  # no multiple of anything
 BASE: dict[str, Any] = {
@@ -60,7 +62,10 @@ TINY = [
 
 
 def build(tiny: Tiny, folder: Path, dtype: str = "float32", seed: int = 0) -> Any:
-    """Save a checkpoint to `folder`; returns the transformers model, in float32, in eval mode."""
+    """Save a checkpoint to `folder`; returns the transformers model, in float32, in eval mode.
+
+    Read back from the folder: a model cast in place would keep rounded rotary frequencies.
+    """
     import torch
     import transformers
 
@@ -77,4 +82,13 @@ def build(tiny: Tiny, folder: Path, dtype: str = "float32", seed: int = 0) -> An
     model = model.to(getattr(torch, dtype))
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
-    return model.to(torch.float32).eval()
+    return read_back(tiny, folder, "float32")
+
+
+def read_back(tiny: Tiny, folder: Path, dtype: str) -> Any:
+    """The checkpoint as transformers loads it, computing in `dtype`."""
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, f"{tiny.family}ForCausalLM")
+    return model_class.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()

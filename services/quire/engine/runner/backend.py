@@ -1,4 +1,4 @@
-"""The two ways a step is computed, behind one small interface.
+"""The ways a step is computed, behind one small interface.
 
 A backend's life: `ops` packs the weights while the model is built over it; `allocate` gives it the
 KV pool and makes the model's step ready to run; then `compute` and `sample`, step after step.
@@ -6,32 +6,30 @@ KV pool and makes the model's step ready to run; then `compute` and `sample`, st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from quire.engine.runner.memory import available_host_bytes
 from quire.engine.scheduler.plan import LogprobArrays
 from quire.kernels import torch_sampler
+from quire.kernels.cpu import KV_ORDERS, CpuOps, StepLimits, Team, alloc_pool
+from quire.kernels.cpu.sampler import CpuSampler
+from quire.kernels.layout import KvLayout, KvOrder
+from quire.kernels.torch_ops import TorchOps
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from quire.engine.models.config import ModelConfig
     from quire.engine.models.llama import Llama
-    from quire.kernels.layout import KvLayout
+    from quire.kernels.cpu import Program
     from quire.kernels.ops import Ops, StepInputs
     from quire.kernels.sampling import SamplingBatch
 
+Logits = Any
+"""[R, V] float32, in the backend's own array type; valid until the next step."""
 
-@dataclass(frozen=True, kw_only=True)
-class StepLimits:
-    """Largest step a backend must be able to run."""
-
-    max_tokens: int
-    max_seqs: int
-    max_blocks_per_seq: int
-    max_logit_rows: int
+__all__ = ["Backend", "CpuBackend", "Logits", "StepLimits", "TorchBackend"]
 
 
 class Backend(Protocol):
@@ -54,15 +52,80 @@ class Backend(Protocol):
     def copy_blocks(self, pairs: np.ndarray) -> None:
         """Copy whole blocks; pairs [C, 2] int32 of (source, destination), in order."""
 
-    def compute(self, inputs: StepInputs) -> torch.Tensor:
-        """Run the model: logits [R, V] float32, valid until the next call."""
+    def compute(self, inputs: StepInputs) -> Logits:
+        """Run the model on a step."""
 
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> np.ndarray:
+    def sample(self, logits: Logits, batch: SamplingBatch) -> np.ndarray:
         """Draw tokens: [N] int32. Raises FloatingPointError when a draw has no finite logit."""
+
+    def logprobs(
+        self, logits: Logits, rows: np.ndarray, token_ids: np.ndarray, num_top: int
+    ) -> LogprobArrays:
+        """Log-probabilities of token_ids [L] at the rows [L], with the `num_top` likeliest."""
 
     def memory_bytes(self) -> tuple[int, int]:
         """(available, total) memory of the device; on a CPU the total is what is available, as the
         rest is other programs'."""
+
+
+class CpuBackend:
+    """The compiled CPU kernels: the model's step is recorded once and replayed in one call.
+
+    Raises CpuKernelsUnavailable where the library was not built.
+    """
+
+    device_type = "cpu"
+    is_batch_invariant = True
+
+    def __init__(
+        self, model: ModelConfig, dtype: str, limits: StepLimits, num_threads: int | None
+    ) -> None:
+        self.layout = kv_layout(model, dtype, KV_ORDERS[dtype])
+        self._team = Team(num_threads)
+        self.ops = CpuOps(self.layout, limits, self._team)
+        self._sampler = CpuSampler(self._team)
+        self._program: Program | None = None
+
+    def allocate(self, model: Llama, num_blocks: int) -> None:
+        """Record the model's step over a new pool."""
+        self._program = None
+        self._program = self.ops.finish(
+            model.forward(self.ops), alloc_pool(self.layout, num_blocks)
+        )
+
+    @property
+    def program(self) -> Program:
+        """The recorded step. Raises RuntimeError before `allocate`."""
+        if self._program is None:
+            raise RuntimeError("allocate comes first")
+        return self._program
+
+    def copy_blocks(self, pairs: np.ndarray) -> None:
+        """Copy whole blocks."""
+        self.program.copy_blocks(pairs)
+
+    def compute(self, inputs: StepInputs) -> np.ndarray:
+        """Replay the step."""
+        return self.program.run(inputs)
+
+    def sample(self, logits: np.ndarray, batch: SamplingBatch) -> np.ndarray:
+        """Draw tokens: [N] int32."""
+        invalid = np.zeros(len(batch.rows), np.bool_)
+        tokens = self._sampler.sample(logits, batch, invalid)
+        if invalid.any():
+            raise FloatingPointError("a draw has no finite logit")
+        return tokens
+
+    def logprobs(
+        self, logits: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, num_top: int
+    ) -> LogprobArrays:
+        """Log-probabilities of token_ids [L] at the rows [L]."""
+        return LogprobArrays(*self._sampler.logprobs(logits, rows, token_ids, num_top))
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """(available, total) memory of the host."""
+        available = available_host_bytes()
+        return available, available
 
 
 class TorchBackend:
@@ -70,20 +133,18 @@ class TorchBackend:
 
     is_batch_invariant = False
 
-    def __init__(self, layout: KvLayout, device: str) -> None:
-        from quire.kernels.torch_ops import TorchOps
-
-        self.layout = layout
+    def __init__(self, model: ModelConfig, dtype: str, device: str) -> None:
+        self.layout = kv_layout(model, dtype, KvOrder.PLAIN)
         self.device = torch.device(device)
         self.device_type = self.device.type
-        self.ops = TorchOps(layout, 1, device)
+        self.ops = TorchOps(self.layout, 1, device)
         self._model: Llama | None = None
 
     def allocate(self, model: Llama, num_blocks: int) -> None:
         """Give the backend a zeroed pool."""
         self._model = model
+        del self.ops.pool  # before the new one is made
         shape = (num_blocks, *self.layout.block_shape)
-        del self.ops.pool
         self.ops.pool = torch.zeros(shape, dtype=self.ops.dtype, device=self.device)
 
     def copy_blocks(self, pairs: np.ndarray) -> None:
@@ -92,8 +153,9 @@ class TorchBackend:
 
     @torch.inference_mode()
     def compute(self, inputs: StepInputs) -> torch.Tensor:
-        """Run the model: logits [R, V]."""
-        assert self._model is not None
+        """Run the model operation by operation."""
+        if self._model is None:
+            raise RuntimeError("allocate comes first")
         self.ops.begin(inputs)
         logits: torch.Tensor = self._model.forward(self.ops)
         return logits
@@ -107,18 +169,24 @@ class TorchBackend:
             raise FloatingPointError("a draw has no finite logit")
         return tokens.cpu().numpy()
 
+    @torch.inference_mode()
+    def logprobs(
+        self, logits: torch.Tensor, rows: np.ndarray, token_ids: np.ndarray, num_top: int
+    ) -> LogprobArrays:
+        """Log-probabilities of token_ids [L] at the rows [L]."""
+        found = torch_sampler.logprobs(logits, rows, token_ids, num_top)
+        return LogprobArrays(*(part.cpu().numpy() for part in found))
+
     def memory_bytes(self) -> tuple[int, int]:
         """(available, total) memory of the device."""
-        if self.device.type == "cuda":
+        if self.device_type == "cuda":
             torch.cuda.empty_cache()
             available, total = torch.cuda.mem_get_info(self.device)
             return available, total
-        return available_host_bytes(), available_host_bytes()
+        available = available_host_bytes()
+        return available, available
 
 
-def gather_logprobs(
-    logits: torch.Tensor, rows: np.ndarray, token_ids: np.ndarray, num_top: int
-) -> LogprobArrays:
-    """Log-probabilities of token_ids [L] at the rows [L] of logits [R, V], as numpy arrays."""
-    found = torch_sampler.logprobs(logits, rows, token_ids, num_top)
-    return LogprobArrays(*(part.cpu().numpy() for part in found))
+def kv_layout(model: ModelConfig, dtype: str, order: KvOrder) -> KvLayout:
+    """The KV blocks of a model on one rank."""
+    return KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, dtype, order)

@@ -16,9 +16,9 @@ from quire.engine.models.source import fingerprint, resolve
 from quire.engine.models.weights import DummyWeights, SafetensorsWeights
 from quire.engine.request import BLOCK_SIZE
 from quire.engine.runner import memory
-from quire.engine.runner.backend import Backend, StepLimits, TorchBackend
+from quire.engine.runner.backend import Backend, CpuBackend, StepLimits, TorchBackend
 from quire.engine.runner.runner import ModelRunner, largest_step
-from quire.kernels.layout import KvLayout, KvOrder
+from quire.kernels.cpu import CpuKernelsUnavailable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,14 +136,22 @@ def _limits(config: EngineConfig, max_model_len: int) -> StepLimits:
 def _backend(
     config: EngineConfig, model: ModelConfig, dtype: str, device: str, limits: StepLimits
 ) -> Backend:
-    layout = KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, dtype, KvOrder.PLAIN)
-    return TorchBackend(layout, device)
+    """The compiled kernels on a CPU, unless they are missing or single operations are asked for."""
+    if device == "cpu" and not config.enforce_eager:
+        try:
+            return CpuBackend(model, dtype, limits, config.num_threads)
+        except CpuKernelsUnavailable as error:
+            logger.warning("%s: computing with torch, slower and not batch-invariant", error)
+    if device == "cpu" and config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    return TorchBackend(model, dtype, device)
 
 
 def _load_weights(
     config: EngineConfig, model: ModelConfig, folder: Path, backend: Backend, report: Report
 ) -> Llama:
-    positions = _max_model_len(config, model)
+    # whole blocks: warm-up fills the last one
+    positions = -(-_max_model_len(config, model) // BLOCK_SIZE) * BLOCK_SIZE
     if config.load_format == "dummy":
         report(Startup("load", "random weights"))
         dtype: torch.dtype = getattr(torch, backend.layout.dtype)

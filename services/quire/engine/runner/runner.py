@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quire.engine.runner.backend import gather_logprobs
 from quire.engine.scheduler.plan import LogprobArrays, StepPlan, StepResult
 from quire.kernels.ops import StepInputs
 
 if TYPE_CHECKING:
-    import torch
-
-    from quire.engine.runner.backend import Backend, StepLimits
+    from quire.engine.runner.backend import Backend, Logits, StepLimits
 
 
 class ModelRunner:
@@ -39,19 +36,19 @@ class ModelRunner:
         )
 
     def _drawn_logprobs(
-        self, plan: StepPlan, logits: torch.Tensor, drawn: np.ndarray
+        self, plan: StepPlan, logits: Logits, drawn: np.ndarray
     ) -> LogprobArrays | None:
         draws = plan.logprob_draws
         if not len(draws):
             return None
         rows = plan.sampling.rows[draws]
-        return gather_logprobs(logits, rows, drawn[draws], plan.num_logprobs)
+        return self.backend.logprobs(logits, rows, drawn[draws], plan.num_logprobs)
 
-    def _prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> LogprobArrays | None:
+    def _prompt_logprobs(self, plan: StepPlan, logits: Logits) -> LogprobArrays | None:
         if not len(plan.prompt_rows):
             return None
         top = plan.num_prompt_logprobs
-        return gather_logprobs(logits, plan.prompt_rows, plan.prompt_targets, top)
+        return self.backend.logprobs(logits, plan.prompt_rows, plan.prompt_targets, top)
 
 
 def largest_step(limits: StepLimits, num_blocks: int) -> StepInputs:
