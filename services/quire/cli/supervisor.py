@@ -81,7 +81,9 @@ class Supervisor:
                 return 0
             if self._ready_since is None:
                 failed_starts += 1
-                if code == CANNOT_SERVE or failed_starts >= self.patience.start_attempts:
+                if code == CANNOT_SERVE:
+                    return code
+                if failed_starts >= self.patience.start_attempts:
                     logger.error("the worker cannot start (%s); giving up", _died(code))
                     return code if code > 0 else 1
             else:
