@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import quire
+from quire.cli.docs import COMMANDS as DOCUMENTED
+from quire.cli.docs import cli_page
 from quire.cli.main import COMMANDS, main
+from quire.config.base import field_docs, options_of
 
 HEAVY = ("torch", "transformers", "numpy", "fastapi", "pydantic", "grpc", "uvicorn", "httpx2")
 PROBE = """
@@ -75,3 +79,16 @@ def test_asking_for_help_is_cheap(argv):
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["loaded"] == []
     assert seen["cpu"] < 1.0, "0.1 s on an idle machine; the limit leaves room for a busy one"
+
+
+def test_the_docs_page_is_current():
+    page = Path(__file__).parents[3] / "docs" / "cli.md"
+    assert page.read_text() == cli_page(), "run: python -m quire.cli.docs > docs/cli.md"
+
+
+@pytest.mark.parametrize("command", DOCUMENTED, ids=lambda c: c.prog)
+def test_every_option_of_every_command_has_help(command):
+    for owner in command.owners:
+        docs = field_docs(owner)
+        for o in options_of(owner):
+            assert docs.get(o.name, "").endswith("."), f"{owner.__name__}.{o.name}"
