@@ -66,6 +66,7 @@ class KvLayout:
 
     @property
     def block_elements(self) -> int:
+        """Elements of one block."""
         return math.prod(self.block_shape)
 
     @property

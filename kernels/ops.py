@@ -19,11 +19,12 @@ The residual stream is float32 [T, H] whatever the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import torch
 
@@ -64,13 +65,14 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding tables. Half-split ("NeoX") rotation over the first `rotary_dim` of a head."""
+    """Rotary tables, for half-split ("NeoX") rotation of the first `rotary_dim` of a head."""
 
     cos: torch.Tensor  # [max_positions, rotary_dim / 2] float32, already scaled
     sin: torch.Tensor  # [max_positions, rotary_dim / 2] float32
 
     @property
     def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
         return 2 * self.cos.shape[1]
 
 

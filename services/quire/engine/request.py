@@ -33,6 +33,8 @@ class FinishReason(Enum):
     LENGTH = "length"
     ABORT = "abort"
     DEADLINE = "deadline"
+    ERROR = "error"
+    """The model gave no finite number for the choice's next token."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,11 @@ class EngineMetrics:
         self._get(m.REQUEST_COMPUTED_TOKENS).observe(computed)
 
     def _finished(self, live: _Live, reason: FinishReason | None, now: float) -> None:
-        known = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+        known = {
+            FinishReason.STOP: "stop",
+            FinishReason.LENGTH: "length",
+            FinishReason.ERROR: "error",
+        }
         ended = "abort" if reason is None else known.get(reason, "abort")
         get = self._get
         get(m.REQUESTS_FINISHED, ended).inc()

@@ -22,6 +22,7 @@ import grpc
 
 from quire.api.errors import ApiError
 from quire.engine.loop import EngineLoop
+from quire.engine.request import FinishReason
 from quire.proto import worker_pb2, worker_pb2_grpc
 from quire.telemetry.instruments import render
 from quire.worker import convert
@@ -99,7 +100,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def _deliver(self, step: int, outputs: list[ChoiceOutput]) -> None:
         by_session: defaultdict[int, list[ChoiceOutput]] = defaultdict(list)
         for output in outputs:
-            by_session[_session_number(output.request_id)].append(output)
+            if output.finish_reason is FinishReason.ERROR:
+                message = "The model gave no finite number for this request."
+                self._reject(output.request_id, ApiError("internal_error", message))
+            else:
+                by_session[_session_number(output.request_id)].append(output)
         for number, share in by_session.items():
             if (session := self._sessions.get(number)) is not None:
                 session.deliver(step, share)

@@ -235,6 +235,27 @@ def test_prompt_logprobs_cover_every_position_once_in_any_chunking() -> None:
     assert_nothing_held(engine)
 
 
+def test_a_request_without_finite_logits_fails_alone() -> None:
+    engine = make_engine()
+    engine.runner.broken_seeds.add(13)
+    good = make_request("good", [1] * 20, max_tokens=9, ignore_eos=True)
+    engine.add_request(good)
+    engine.add_request(make_request("bad", [2] * 20, seed=13, n=3, max_tokens=9))
+    engine.add_request(make_request("short", [3] * 20, seed=13, max_tokens=1))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+        engine.pool.check_integrity()
+    for name in ("bad", "short"):
+        ended = [o for o in outputs if o.request_id == name]
+        assert {o.finish_reason.value for o in ended} == {"error"}
+        assert all(not o.token_ids for o in ended)
+        assert ended[-1].last_of_request
+    tokens = [t for o in outputs if o.request_id == "good" for t in o.token_ids]
+    assert tokens == expected_output(engine, good, 0)
+    assert_nothing_held(engine)
+
+
 def test_waste_stays_below_four_percent_of_the_blocks_in_use() -> None:
     """Lengths as of conversations: mean 350 tokens of prompt, 180 of answer."""
     rng = random.Random(3)

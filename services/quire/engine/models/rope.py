@@ -70,8 +70,9 @@ def _yarn(base: torch.Tensor, config: RopeConfig) -> torch.Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
-    keep: torch.Tensor = 1 - ramp.clamp(0, 1)
-    return base / p["factor"] * (1 - keep) + base * keep
+    keep = 1 - ramp.clamp(0, 1)
+    blended: torch.Tensor = base / p["factor"] * (1 - keep) + base * keep
+    return blended
 
 
 def _yarn_scale(config: RopeConfig) -> float:

@@ -55,8 +55,8 @@ class Backend(Protocol):
     def compute(self, inputs: StepInputs) -> Logits:
         """Run the model on a step."""
 
-    def sample(self, logits: Logits, batch: SamplingBatch) -> np.ndarray:
-        """Draw tokens: [N] int32. Raises FloatingPointError when a draw has no finite logit."""
+    def sample(self, logits: Logits, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Draw tokens: [N] int32; and [N] bool, set where a draw had no finite logit."""
 
     def logprobs(
         self, logits: Logits, rows: np.ndarray, token_ids: np.ndarray, num_top: int
@@ -108,13 +108,10 @@ class CpuBackend:
         """Replay the step."""
         return self.program.run(inputs)
 
-    def sample(self, logits: np.ndarray, batch: SamplingBatch) -> np.ndarray:
-        """Draw tokens: [N] int32."""
+    def sample(self, logits: np.ndarray, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Draw tokens: [N] int32, and [N] bool for draws without a finite logit."""
         invalid = np.zeros(len(batch.rows), np.bool_)
-        tokens = self._sampler.sample(logits, batch, invalid)
-        if invalid.any():
-            raise FloatingPointError("a draw has no finite logit")
-        return tokens
+        return self._sampler.sample(logits, batch, invalid), invalid
 
     def logprobs(
         self, logits: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, num_top: int
@@ -161,13 +158,11 @@ class TorchBackend:
         return logits
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> np.ndarray:
-        """Draw tokens: [N] int32."""
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Draw tokens: [N] int32, and [N] bool for draws without a finite logit."""
         invalid = torch.zeros(len(batch.rows), dtype=torch.bool, device=logits.device)
         tokens = torch_sampler.sample(logits, batch, invalid)
-        if bool(invalid.any()):
-            raise FloatingPointError("a draw has no finite logit")
-        return tokens.cpu().numpy()
+        return tokens.cpu().numpy(), invalid.cpu().numpy()
 
     @torch.inference_mode()
     def logprobs(

@@ -36,6 +36,8 @@ class FakeRunner:
         self.num_blocks = num_blocks
         self.limits = limits
         self.vocab_size = vocab_size
+        self.broken_seeds: set[int] = set()
+        """Seeds of requests for which the model gives no number."""
         self.slots = np.full((num_blocks, BLOCK_SIZE), EMPTY, np.int64)
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -57,6 +59,7 @@ class FakeRunner:
             tokens.append(expected_token(context, draw, self.vocab_size))
         return StepResult(
             token_ids=np.array(tokens, np.int32),
+            invalid=np.isin(sampling.seed, list(self.broken_seeds)),
             logprobs=_zeros(len(plan.logprob_draws), plan.num_logprobs),
             prompt_logprobs=_zeros(len(plan.prompt_rows), plan.num_prompt_logprobs),
         )

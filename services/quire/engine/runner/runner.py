@@ -22,15 +22,16 @@ class ModelRunner:
         self.num_blocks = num_blocks
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Copy blocks, compute, draw. Raises FloatingPointError when the model gave no number."""
+        """Copy blocks, compute, draw."""
         if len(plan.copies):
             self.backend.copy_blocks(plan.copies)
         logits = self.backend.compute(plan.inputs)
-        drawn = np.empty(0, np.int32)
+        drawn, invalid = np.empty(0, np.int32), np.empty(0, np.bool_)
         if len(plan.sampling.rows):
-            drawn = self.backend.sample(logits, plan.sampling)
+            drawn, invalid = self.backend.sample(logits, plan.sampling)
         return StepResult(
             token_ids=drawn,
+            invalid=invalid,
             logprobs=self._drawn_logprobs(plan, logits, drawn),
             prompt_logprobs=self._prompt_logprobs(plan, logits),
         )

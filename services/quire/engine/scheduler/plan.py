@@ -49,5 +49,6 @@ class StepResult:
     """What a step drew."""
 
     token_ids: np.ndarray  # [N] int32, one per draw
+    invalid: np.ndarray  # [N] bool: draws without a finite logit; their token means nothing
     logprobs: LogprobArrays | None = None
     prompt_logprobs: LogprobArrays | None = None

@@ -202,7 +202,17 @@ class Scheduler:
         tokens = result.token_ids.tolist()
         outputs = [self._append(seq, t, now) for seq, t in zip(drawn, tokens, strict=True)]
         add_logprobs(outputs, scheduled, result)
-        return outputs
+        return self._fail_invalid(outputs, result) if result.invalid.any() else outputs
+
+    def _fail_invalid(self, outputs: list[ChoiceOutput], result: StepResult) -> list[ChoiceOutput]:
+        """End the requests of draws that had no finite logit; the others of the step go on."""
+        flagged = zip(outputs, result.invalid.tolist(), strict=True)
+        broken = {output.request_id for output, is_invalid in flagged if is_invalid}
+        kept = [output for output in outputs if output.request_id not in broken]
+        for request_id in sorted(broken):
+            ended = self.finish_request(request_id, FinishReason.ERROR)
+            kept += ended or [_error_output(request_id)]
+        return kept
 
     # ---- parts of a step
 
@@ -377,6 +387,13 @@ class Scheduler:
         if not sequences:
             del self._requests[request_id]
             self._with_deadline.discard(request_id)
+
+
+def _error_output(request_id: str) -> ChoiceOutput:
+    """For a request whose last choice ended with the very token that was invalid."""
+    output = ChoiceOutput(request_id, 0, 0, [], finish_reason=FinishReason.ERROR)
+    output.last_of_request = True
+    return output
 
 
 def _age(seq: Sequence) -> tuple[tuple[int, float], int]:
