@@ -15,7 +15,7 @@ from quire.api.sse import encode_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from quire.text.output import TokenText
+    from quire.api.tokens import TokenText
 
 
 @dataclass(frozen=True)

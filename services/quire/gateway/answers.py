@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quire.api.openai import Head
+    from quire.api.tokens import TokenText
     from quire.gateway.generation import Generation
     from quire.gateway.replies import Replies
     from quire.gateway.traffic import RequestClock
-    from quire.text.output import TextDelta, TokenText
+    from quire.text.output import TextDelta
 
 
 class Answer(Protocol):
@@ -159,7 +160,8 @@ class CompletionAnswer:
             logprobs = self._logprobs(drawn, offset=len(prompt_text))
             before = self._logprobs(self._prompt_tokens(i))
             for key, values in before.items():
-                logprobs[key] = values and values + logprobs[key]
+                # null where no alternatives were asked for
+                logprobs[key] = None if values is None else values + logprobs[key]
         request = generation.request
         wants_prompt = request.params.prompt_logprobs is not None and not request.echo
         return FinishedChoice(

@@ -118,7 +118,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def _head_too_slow(self) -> None:
-        if not self._received:  # opened, and nothing was ever asked
+        if self.scope is None:  # opened, and nothing was ever asked
             self.transport.close()
             return
         message = f"The request's headers did not arrive within {HEAD_TIMEOUT_S:g} seconds."

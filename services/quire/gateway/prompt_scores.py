@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quire.api.openai import finite
-from quire.text.output import TokenText, TopToken
+from quire.api.tokens import TokenText, TopToken
 
 if TYPE_CHECKING:
     from quire.gateway.generation import Generation

@@ -89,9 +89,11 @@ def _max_tokens(request: GenerationRequest, prompt_len: int, limit: int, name: s
     if not request.asked_max_tokens and room >= least:
         return room  # the API's own default must not be what breaks a request
     part = "messages" if request.kind == "chat" else "prompt"
+    # OpenAI's sentence, which litellm looks for; LangChain looks for the code, which newer SDKs
+    # show only when the message has it
     message = (
         f"This model's maximum context length is {limit} tokens. However, you requested "
         f"{prompt_len + wanted} tokens ({prompt_len} in the {part}, {wanted} in the completion). "
-        f"Please reduce the length of the {part} or completion."
+        f"Please reduce the length of the {part} or completion. (context_length_exceeded)"
     )
     raise ApiError("context_length_exceeded", message, name)

@@ -42,8 +42,9 @@ def refuse_dangerous(fields: Fields) -> None:
     fields.refuse(STRUCTURED, "structured outputs are not available.")
     fields.refuse(STEERING, "only the server decides this.")
     for key in NOT_YET:
-        # false and the neutral 1.0 ask for nothing
-        if fields.take(key) not in (None, False, 1, [], {}):
+        value = fields.take(key)
+        # false and a neutral 1.0 ask for nothing
+        if value is True or value not in (None, False, 1, [], {}):
             raise unsupported(fields.name(key), "it is not available.")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from quire.api.tokens import TokenText, TopToken
 from quire.text.stop import StopMatch, StopMatcher
 
 if TYPE_CHECKING:
@@ -30,33 +31,6 @@ class Scored(Protocol):
     def top_ids(self) -> Sequence[int]: ...  # noqa: D102
     @property
     def top_logprobs(self) -> Sequence[float]: ...  # noqa: D102
-
-
-@dataclass(frozen=True, slots=True)
-class TopToken:
-    """One of the most likely tokens at a position."""
-
-    token_id: int
-    text: str
-    data: bytes
-    logprob: float
-
-
-@dataclass(frozen=True, slots=True)
-class TokenText:
-    """One token with its log-probability, as API answers show it."""
-
-    token_id: int
-    text: str
-    """The token on its own; U+FFFD where it is part of a character."""
-    data: bytes
-    """The bytes it stands for; those of all tokens, joined, are the text's."""
-    offset: int
-    """Characters of the choice's text before it."""
-    logprob: float | None
-    """None for the first token of a prompt, which nothing precedes."""
-    rank: int
-    top: tuple[TopToken, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import tokenizer_folders as folders
 
 from quire.text.tokenizer import Tokenizer
 
-# tests are imported by path (import-mode=importlib), so a module beside them is loaded by path too
-_spec = importlib.util.spec_from_file_location(
-    "tokenizer_folders", Path(__file__).with_name("tokenizer_folders.py")
-)
-folders = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(folders)
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass

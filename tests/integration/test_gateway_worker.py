@@ -1,0 +1,264 @@
+"""The gateway and its worker over gRPC: starting, failing, dying, coming back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import fake_servicer
+import pytest
+import tokenizer_folders
+from gateway_server import MODEL, gateway
+
+from quire.gateway.fake_worker import speak
+from quire.proto import common_pb2, worker_pb2
+from quire.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(tokenizer_folders.byte_level(tmp_path_factory.mktemp("t")))
+
+
+@pytest.fixture
+def socket_path(tmp_path):
+    return tmp_path / "worker.sock"
+
+
+def words(tokenizer, times=1):
+    return tokenizer.encode("Hello world") * times
+
+
+def fail_with(code, message="no", **fields):
+    async def script(submit):
+        yield worker_pb2.Failure(attempt=submit.attempt, code=code, message=message, **fields)
+
+    return script
+
+
+FAILURE = worker_pb2.Failure
+FAILURES = [
+    (FAILURE.CODE_INVALID, 400, "invalid_value", None),
+    (FAILURE.CODE_OVERLOADED, 503, "overloaded", "3"),
+    (FAILURE.CODE_DEADLINE, 504, "deadline_exceeded", None),
+    (FAILURE.CODE_NOT_READY, 503, "not_ready", "3"),
+    (FAILURE.CODE_INTERNAL, 500, "internal_error", None),
+]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("code", "status", "name", "retry"), FAILURES)
+def test_refusals_of_the_worker_are_statuses(tokenizer, code, status, name, retry, stream):
+    script = fail_with(code, "secret /path", retry_after_ms=2100 if retry else 0)
+    with gateway(tokenizer, script) as server:
+        answer = server.chat(stream=stream)
+        assert (answer.status, answer.error["code"]) == (status, name)
+        assert answer.headers.get("retry-after") == retry
+        if status == 500:
+            assert "secret" not in answer.text
+
+
+def test_start_is_told_and_requests_wait_for_it(tokenizer, socket_path):
+    with gateway(tokenizer, speak(words(tokenizer)), grpc_socket=socket_path, wait=False) as server:
+        server.until(lambda: server.get("/startupz").json["phase"] == "load")
+        progress = server.get("/startupz")
+        assert progress.status == 503
+        assert {k: progress.json[k] for k in ("state", "done", "total", "unit")} == {
+            "state": "starting", "done": 1, "total": 4, "unit": "shards",
+        }  # fmt: skip
+        assert set(progress.json) == {
+            "state", "phase", "detail", "done", "total", "unit", "elapsed_seconds",
+        }  # fmt: skip
+        for path in ("/readyz", "/health", "/ping", "/v1/models", "/startupz"):
+            assert server.get(path).status == 503
+        for path in ("/livez", "/version", "/load", "/metrics"):
+            assert server.get(path).status == 200
+        refused = server.chat()
+        assert (refused.status, refused.error["code"]) == (503, "not_ready")
+        assert refused.headers["retry-after"]
+        server.worker.model = worker_pb2.ModelInfo(
+            model=str(tokenizer.folder), max_model_len=100, vocab_size=tokenizer.vocab_size
+        )
+        server.until(lambda: server.get("/readyz").status == 200)
+        assert server.chat().status == 200
+        assert server.get("/startupz").json["state"] == "ready"
+        for path in ("/health", "/ping", "/v1/models", "/startupz"):
+            assert server.get(path).status == 200
+
+
+def test_metrics_hold_the_workers_page(tokenizer, socket_path):
+    with gateway(tokenizer, speak(words(tokenizer)), grpc_socket=socket_path) as server:
+        server.chat()
+        page = server.get("/metrics")
+        assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert "quire_fake 1.0" in page.text
+        assert "quire_gateway_worker_up 1.0" in page.text
+        assert (
+            'quire_gateway_requests_total{code="200",route="/v1/chat/completions"} 1.0' in page.text
+        )
+        assert "vllm:" not in page.text
+
+
+def in_background(call):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    return thread, results
+
+
+@pytest.mark.parametrize("how", ["killed", "session ends", "watch ends"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_loss_of_the_worker_ends_requests_and_it_may_come_back(tokenizer, socket_path, how, stream):
+    """A killed worker can look like an orderly end of the stream: both are losses."""
+    script = speak(words(tokenizer, 200), delay_s=0.02)
+    with gateway(tokenizer, script, grpc_socket=socket_path) as server:
+        thread, results = in_background(lambda: server.chat(stream=stream))
+        server.until(lambda: server.worker.submitted)
+        server.until(lambda: "output_tokens_total 0.0" not in server.get("/metrics").text)
+        old = server.worker
+        if how == "killed":
+            server.run(server.grpc_server.stop(None))
+        elif how == "session ends":
+            server.loop.call_soon_threadsafe(old.end_session.set)
+        else:
+            server.loop.call_soon_threadsafe(old.end_watch.set)
+        thread.join(30)
+        (answer,) = results
+        if stream:
+            assert answer.status == 200
+            assert answer.events[-1]["error"]["code"] == "worker_lost"
+            assert answer.events[-1]["error"]["type"] == "server_error"
+            assert answer.text.endswith("data: [DONE]\n\n")
+        else:
+            assert (answer.status, answer.error["code"]) == (503, "worker_lost")
+            assert answer.headers["retry-after"]
+        if how == "killed":
+            assert server.get("/readyz").status == 503
+            assert "quire_gateway_worker_up 0.0" in server.get("/metrics").text
+            server.worker = fake_servicer.FakeServicer(old.model, speak(words(tokenizer)))
+            server.grpc_server = server.run(
+                fake_servicer.start(server.worker, server.worker_address)
+            )
+        else:
+            old.end_session.clear()
+            old.end_watch.clear()
+            old.script = speak(words(tokenizer))
+        server.until(lambda: server.get("/readyz").status == 200)
+        assert server.chat().status == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_stop_string_ends_the_request_at_the_worker(tokenizer, socket_path, stream):
+    script = speak(words(tokenizer, 100), delay_s=0.01)
+    with gateway(tokenizer, script, grpc_socket=socket_path) as server:
+        answer = server.chat(stop="wor", stream=stream)
+        if stream:
+            chunks = [e["choices"][0] for e in answer.events]
+            assert "".join(c["delta"].get("content", "") for c in chunks) == "Hello "
+            end = chunks[-1]
+        else:
+            end = answer.json["choices"][0]
+            assert end["message"]["content"] == "Hello "
+            assert answer.json["usage"]["completion_tokens"] == 2
+        assert (end["finish_reason"], end["stop_reason"]) == ("stop", "wor")
+        server.until(lambda: server.worker.aborted, timeout_s=5)
+
+
+def test_what_the_worker_is_told(tokenizer, socket_path):
+    with gateway(
+        tokenizer, speak(words(tokenizer)), grpc_socket=socket_path, request_timeout=60.0
+    ) as server:
+        answer = server.request(
+            "POST",
+            "/v1/chat/completions",
+            {
+                "model": MODEL, "messages": [{"role": "user", "content": "hi"}], "seed": 7,
+                "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 2,
+                "max_tokens": 9, "min_tokens": 1, "presence_penalty": 0.1,
+                "frequency_penalty": 0.2, "repetition_penalty": 1.1, "stop_token_ids": [3],
+                "ignore_eos": True, "logit_bias": {"4": -100}, "bad_words": ["fox"],
+                "allowed_token_ids": [1, 2, 3], "logprobs": True, "top_logprobs": 2,
+                "priority": -3,
+            },
+            {"x-request-id": "abc", "x-request-timeout": "5"},
+        )  # fmt: skip
+        assert answer.status == 200
+        (submit,) = server.worker.submitted
+        s = submit.sampling
+        assert (s.n, s.max_tokens, s.min_tokens, s.top_k, s.seed) == (2, 9, 1, 5, 7)
+        floats = (s.temperature, s.top_p, s.min_p, s.presence_penalty, s.frequency_penalty)
+        assert floats == pytest.approx((0.5, 0.9, 0.1, 0.1, 0.2))
+        assert s.repetition_penalty == pytest.approx(1.1)
+        assert (list(s.stop_token_ids), s.ignore_eos, dict(s.logit_bias)) == ([3], True, {4: -100})
+        assert (list(s.allowed_token_ids), s.logprobs) == ([1, 2, 3], 2)
+        assert [list(w.ids) for w in s.bad_words] == tokenizer.bad_words_ids(["fox"])
+        assert (submit.priority, submit.timeout_ms, submit.attempt) == (-3, 5000, 0)
+        assert submit.request_id == "abc-0"
+
+
+def test_defaults_of_the_two_apis(tokenizer):
+    with gateway(tokenizer, speak(words(tokenizer))) as server:
+        server.chat()
+        chat = server.worker.submitted[-1]
+        assert chat.sampling.max_tokens == 2048 - len(chat.prompt_token_ids)
+        server.complete()
+        assert server.worker.submitted[-1].sampling.max_tokens == 16
+        server.complete(prompt=[5] * 2040)
+        assert server.worker.submitted[-1].sampling.max_tokens == 8
+
+
+def test_sampling_defaults_come_from_the_model(tmp_path, tokenizer):
+    folder = tokenizer_folders.byte_level(tmp_path / "t")
+    defaults = {"temperature": 0.25, "top_k": 7, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    with gateway(Tokenizer(folder), speak(words(tokenizer))) as server:
+        server.chat()
+        assert server.worker.submitted[-1].sampling.temperature == 0.25
+        assert server.worker.submitted[-1].sampling.top_k == 7
+        server.chat(temperature=1, top_k=0)
+        assert server.worker.submitted[-1].sampling.temperature == 1
+        assert server.worker.submitted[-1].sampling.top_k == 0
+
+
+def test_deadline_in_the_middle_is_an_error(tokenizer):
+    async def script(submit):
+        yield worker_pb2.ChoiceOutput(token_ids=[5, 6])
+        yield worker_pb2.ChoiceOutput(position=2, finish_reason=common_pb2.FINISH_REASON_DEADLINE)
+
+    with gateway(tokenizer, script) as server:
+        assert (server.chat().status, server.chat().error["code"]) == (504, "deadline_exceeded")
+        assert server.chat(stream=True).status == 504 or (
+            server.chat(stream=True).events[-1]["error"]["code"] == "deadline_exceeded"
+        )
+
+
+def test_repeated_and_stale_tokens_are_dropped(tokenizer):
+    """Exactly once: the journal takes a token when attempt and position are what comes next."""
+    hello, world = tokenizer.encode("Hello world")
+
+    async def script(submit):
+        out = worker_pb2.ChoiceOutput
+        yield out(token_ids=[hello])
+        yield out(token_ids=[hello])
+        yield out(attempt=1, position=1, token_ids=[hello])
+        yield out(choice=5, position=1, token_ids=[hello])
+        yield out(position=1, token_ids=[world], finish_reason=common_pb2.FINISH_REASON_LENGTH)
+
+    with gateway(tokenizer, script) as server:
+        answer = server.chat().json
+        assert answer["choices"][0]["message"]["content"] == "Hello world"
+        assert answer["usage"]["completion_tokens"] == 2
+
+
+def test_missing_tokens_are_a_loss_not_a_hole(tokenizer):
+    async def script(submit):
+        yield worker_pb2.ChoiceOutput(token_ids=[5])
+        await asyncio.sleep(0.05)
+        yield worker_pb2.ChoiceOutput(position=3, token_ids=[6])
+        await asyncio.sleep(30)
+
+    with gateway(tokenizer, script) as server:
+        answer = server.chat(stream=True)
+        assert answer.events[-1]["error"]["code"] == "worker_lost"
+        server.until(lambda: server.worker.aborted)
