@@ -6,11 +6,14 @@ import errno
 import os
 import socket
 import stat
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from quire.config.gateway import GatewayConfig
 
 BACKLOG = 2048
@@ -41,6 +44,17 @@ def listen(config: GatewayConfig) -> tuple[socket.socket, GatewayConfig]:
         reason = os.strerror(number) if number > 0 else error.strerror  # negative: a host name's
         raise ListenError(f"cannot listen on {host}:{config.port}: {reason}{hint}") from None
     return sock, replace(config, port=sock.getsockname()[1])
+
+
+@contextmanager
+def closing(config: GatewayConfig, sock: socket.socket) -> Iterator[None]:
+    """Closes the socket at the end, and removes it where it is a file."""
+    try:
+        yield
+    finally:
+        sock.close()
+        if config.uds is not None:
+            Path(config.uds).unlink(missing_ok=True)
 
 
 def _listen_unix(path: Path) -> socket.socket:

@@ -15,11 +15,10 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quire.cli.listen import ListenError, listen
+from quire.cli.listen import ListenError, closing, listen
 from quire.cli.startup import StartupWatch, display_for
 from quire.cli.supervisor import Supervisor, private_socket
 from quire.config.base import to_mapping
@@ -33,7 +32,7 @@ from quire.telemetry.metrics import WORKER_RESTARTS, gateway_instruments
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import uvicorn
 
@@ -51,6 +50,8 @@ COMMAND = Command(
 )
 CANNOT_LISTEN = 1
 FORCED = 130
+TERMINATED = 143
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 READY_POLL_S = 0.05
 GIVE_UP_GRACE_S = 1
 """For answering requests that waited for a worker which will not come."""
@@ -66,9 +67,10 @@ def run(argv: Sequence[str]) -> int:
     except ListenError as error:
         print(f"{COMMAND.prog}: error: {error}", file=sys.stderr)
         return CANNOT_LISTEN
+    signal.signal(signal.SIGTERM, _exit_early)
     import uvloop
 
-    with sock, private_socket() as worker_socket:
+    with closing(gateway, sock), private_socket() as worker_socket:
         serving = _Serving(resolved, gateway, sock)
         if gateway.worker is not None:
             return uvloop.run(serving.with_worker_at(gateway.worker))
@@ -116,12 +118,14 @@ class _Serving:
         return await self._serve(f"unix:{worker_socket}", supervisor)
 
     async def _serve(self, address: str, supervisor: Supervisor | None) -> int:
-        worker = asyncio.create_task(supervisor.run()) if supervisor is not None else None
-        await asyncio.sleep(0)  # the worker starts before the imports below
-        server = await self._make_server(address)
-        watching = asyncio.create_task(self._watch(server.config.app, address, supervisor).run())
-        try:
-            with _signals(server, supervisor):
+        with _Signals(supervisor) as signals:
+            worker = asyncio.create_task(supervisor.run()) if supervisor is not None else None
+            await asyncio.sleep(0)  # the worker starts before the imports below
+            server = self._make_server(address)
+            signals.attach(server)
+            watch = self._watch(server.config.app, address, supervisor)
+            watching = asyncio.create_task(watch.run())
+            try:
                 serving = asyncio.create_task(server.serve(sockets=[self.sock]))
                 waiting = {serving} if worker is None else {serving, worker}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -129,16 +133,16 @@ class _Serving:
                     server.config.timeout_graceful_shutdown = GIVE_UP_GRACE_S
                     server.should_exit = True
                 await serving
-        finally:
-            watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
-            if supervisor is not None:
-                await supervisor.stop()
-        code = await worker if worker is not None else 0
-        return FORCED if server.force_exit else code
+            finally:
+                watching.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watching
+                if supervisor is not None:
+                    await supervisor.stop()
+            code = await worker if worker is not None else 0
+            return FORCED if server.force_exit else code
 
-    async def _make_server(self, address: str) -> uvicorn.Server:
+    def _make_server(self, address: str) -> uvicorn.Server:
         import uvicorn
 
         from quire.gateway.app import create_app
@@ -216,25 +220,41 @@ async def _status(app: Any, path: str) -> int:
     return statuses[0]
 
 
-@contextmanager
-def _signals(server: uvicorn.Server, supervisor: Supervisor | None) -> Iterator[None]:
-    """SIGTERM and SIGINT drain and end the server; a second one ends it at once."""
-    loop = asyncio.get_running_loop()
+def _exit_early(*_: object) -> None:
+    """A SIGTERM before the server runs: end, but remove what was made."""
+    raise SystemExit(TERMINATED)
 
-    def handle(name: str) -> None:
-        if server.should_exit:
-            server.force_exit = True
-            if supervisor is not None:
-                supervisor.kill()
+
+class _Signals:
+    """SIGTERM and SIGINT drain and end the server; a second one ends it at once."""
+
+    def __init__(self, supervisor: Supervisor | None) -> None:
+        self._supervisor = supervisor
+        self._server: uvicorn.Server | None = None
+        self._seen = 0
+
+    def __enter__(self) -> _Signals:
+        for number in SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._handle, number.name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    def attach(self, server: uvicorn.Server) -> None:
+        """The server to end, also when the signal has come before it."""
+        self._server = server
+        server.should_exit = self._seen > 0
+
+    def _handle(self, name: str) -> None:
+        self._seen += 1
+        if self._server is None:
+            return
+        if self._seen > 1:
+            self._server.force_exit = True
+            if self._supervisor is not None:
+                self._supervisor.kill()
         else:
             logger.info("%s: finishing requests in progress; once more to stop now", name)
-            server.should_exit = True
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, handle, number.name)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
+            self._server.should_exit = True

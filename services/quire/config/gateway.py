@@ -103,7 +103,9 @@ class GatewayConfig:
 
     @property
     def url(self) -> str:
-        """Base URL for a client on this machine, without /v1."""
+        """Base URL for a client on this machine, without /v1; its host is idle talk with uds."""
+        if self.uds is not None:
+            return f"http://localhost{self.root_path}"
         scheme = "https" if self.ssl_certfile else "http"
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(self.host, self.host)
         if ":" in host and not host.startswith("["):

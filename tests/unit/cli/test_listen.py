@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from quire.cli.listen import ListenError, listen
+from quire.cli.listen import ListenError, closing, listen
 from quire.config.gateway import GatewayConfig
 
 
@@ -38,8 +38,9 @@ def test_a_unix_socket_left_behind_is_replaced_and_a_live_one_is_not(tmp_path):
         listen(config)
     sock.close()
     sock, _ = listen(config)
-    with sock:
+    with closing(config, sock):
         assert stat.S_ISSOCK((tmp_path / "q.sock").stat().st_mode)
+    assert not (tmp_path / "q.sock").exists()
 
 
 def test_a_file_is_never_replaced_by_a_socket(tmp_path):

@@ -180,6 +180,19 @@ def test_a_second_signal_ends_it_at_once(serve):
     assert gone(worker)
 
 
+def test_a_signal_during_the_start_leaves_nothing_behind(serve):
+    server = serve("demo")
+    server.wait(lambda: server.worker() is not None)
+    worker = server.worker()
+    assert server.end() in (0, 143)
+    deadline = time.monotonic() + 20
+    while not gone(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not list(server.folder.glob("quire-*"))
+    assert "Traceback" not in server.err.read_text()
+
+
 def test_a_model_that_is_not_there_ends_the_server_with_one_line_and_code_2(serve, tmp_path):
     server = serve(str(tmp_path / "nothing"))
     assert server.process.wait(START_S) == 2
