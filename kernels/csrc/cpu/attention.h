@@ -43,7 +43,7 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 template <class Format>
 using Prob = typename Format::Activation;
 
-// One thread's work space; lives in Worker::scratch.
+// One thread's work space.
 template <class Format>
 struct AttentionScratch {
   alignas(64) typename Format::Activation query[kAttentionRows][kQueryStride];
@@ -354,22 +354,35 @@ class AttentionItem {
   AttentionScratch<Format>& scratch_;
 };
 
+// How the query heads of a KV head are cut where they are more than an item's rows.
+struct HeadParts {
+  int64_t group;  // query heads per KV head
+  int64_t heads;  // per item
+  int64_t parts;  // items per KV head and query group
+
+  explicit HeadParts(const HeadShape& shape)
+      : group(shape.num_heads / shape.num_kv_heads),
+        heads(std::min<int64_t>(group, kAttentionRows)),
+        parts(ceil_div(group, heads)) {}
+};
+
+inline int64_t attention_items(const AttentionArgs& args, const Step& step) {
+  const auto groups = static_cast<int64_t>(step.groups.size());
+  return groups * args.shape.num_kv_heads * HeadParts(args.shape).parts;
+}
+
 template <class Format>
-void attention(const AttentionArgs& args, const Step& step, Worker& worker) {
-  const HeadShape& shape = args.shape;
-  const int64_t group_heads = shape.num_heads / shape.num_kv_heads;
-  const int64_t item_heads = std::min<int64_t>(group_heads, kAttentionRows);
-  const int64_t parts = ceil_div(group_heads, item_heads);
-  const int64_t per_group = shape.num_kv_heads * parts;
-  const auto items = static_cast<int64_t>(step.groups.size()) * per_group;
-  auto& scratch = *reinterpret_cast<AttentionScratch<Format>*>(worker.scratch);
-  const BestProducts<Format> products(shape.head_dim);
-  for (int64_t item = worker.claim(1); item < items; item = worker.claim(1)) {
-    const int64_t kv_head = item % per_group / parts;
-    const int64_t head = item % parts * item_heads;  // within the group
-    const int64_t heads = std::min(item_heads, group_heads - head);
+void attention(const AttentionArgs& args, const Step& step, Range items, char* space) {
+  const HeadParts cut(args.shape);
+  const int64_t per_group = args.shape.num_kv_heads * cut.parts;
+  auto& scratch = *reinterpret_cast<AttentionScratch<Format>*>(space);
+  const BestProducts<Format> products(args.shape.head_dim);
+  for (int64_t item = items.begin; item < items.end; ++item) {
+    const int64_t kv_head = item % per_group / cut.parts;
+    const int64_t first = item % cut.parts * cut.heads;  // within the KV head's group
+    const int64_t heads = std::min(cut.heads, cut.group - first);
     AttentionItem<Format>(args, step, step.groups[item / per_group], kv_head,
-                          kv_head * group_heads + head, heads, scratch)
+                          kv_head * cut.group + first, heads, scratch)
         .run(products);
   }
 }

@@ -1,4 +1,4 @@
-// Embedding, RMSNorm and the gather of logit rows: one row at a time, rows shared out dynamically.
+// Embedding, RMSNorm and the gather of logit rows: an item is a row.
 // Included once per instruction set; see simd.h.
 
 #pragma once
@@ -8,15 +8,6 @@
 
 namespace quire {
 namespace {
-
-constexpr int64_t kRowGrain = 2;
-
-template <class F>
-void for_rows(int64_t rows, Worker& worker, const F& body) {
-  for (int64_t begin = worker.claim(kRowGrain); begin < rows; begin = worker.claim(kRowGrain)) {
-    for (int64_t row = begin; row < std::min(begin + kRowGrain, rows); ++row) body(row);
-  }
-}
 
 // Row `id` of a packed matrix: one column of a panel. A tied output matrix is held once, packed for
 // the logits; a row is then `columns` short reads with a stride.
@@ -38,13 +29,13 @@ void unpack_row(const EmbedArgs& args, int64_t id, float* out) {
 }
 
 template <class Format>
-void embed(const EmbedArgs& args, const Step& step, Worker& worker) {
-  for_rows(step.args.num_tokens, worker, [&](int64_t row) {
+void embed(const EmbedArgs& args, const Step& step, Range rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
     unpack_row<Format>(args, step.args.token_ids[row], row_of<float>(args.out, row));
-  });
+  }
 }
 
-// 1 / sqrt(mean(x^2) + eps) over n elements; `square_sum` order: see Lanes.
+// 1 / sqrt(mean(x^2) + eps) over n elements.
 inline float inverse_rms(const float* x, int64_t n, float eps) {
   Lanes squares = splat(0.0f);
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -64,18 +55,18 @@ void normalise(const float* x, const float* weight, int64_t n, float eps, T* out
 }
 
 template <class Format>
-void rms_norm(const RmsNormArgs& args, int64_t rows, Worker& worker) {
-  for_rows(rows, worker, [&](int64_t row) {
+void rms_norm(const RmsNormArgs& args, Range rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
     normalise(row_of<float>(args.in, row), args.weight, args.columns, args.eps,
               row_of<typename Format::Activation>(args.out, row));
-  });
+  }
 }
 
-inline void take_rows(const TakeRowsArgs& args, const Step& step, Worker& worker) {
-  for_rows(step.args.num_logit_rows, worker, [&](int64_t row) {
+inline void take_rows(const TakeRowsArgs& args, const Step& step, Range rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
     std::memcpy(row_of<char>(args.out, row), row_of<char>(args.in, step.args.logit_rows[row]),
                 args.row_bytes);
-  });
+  }
 }
 
 }  // namespace

@@ -50,6 +50,12 @@ void with_format(DType dtype, F&& f) {
   }
 }
 
+// Items [begin, end) of an op.
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
 template <class T>
 T* row_of(const Matrix& matrix, int64_t row) {
   return static_cast<T*>(matrix.data) + row * matrix.stride;

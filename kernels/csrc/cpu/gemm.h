@@ -83,21 +83,15 @@ void panel_rows(const LinearArgs& args, int64_t row, int64_t rows, int64_t panel
   }
 }
 
-// Panels a thread takes at a time: few enough to balance, enough to stream.
-inline int64_t panel_grain(int64_t panels, int threads) {
-  return std::max<int64_t>(1, panels / (threads * 8));
-}
+// Items are panels.
+inline int64_t num_panels(const LinearArgs& args) { return ceil_div(args.n, kPanel); }
 
 template <class Format, class Finish>
-void gemm(const LinearArgs& args, int64_t rows, Worker& worker, const Finish& finish) {
-  const int64_t panels = ceil_div(args.n, kPanel);
-  const int64_t grain = panel_grain(panels, worker.team.size());
-  for (int64_t begin = worker.claim(grain); begin < panels; begin = worker.claim(grain)) {
-    for (int64_t panel = begin; panel < std::min(begin + grain, panels); ++panel) {
-      for (int64_t row = 0; row < rows; row += kGemmRows) {
-        const int64_t count = std::min<int64_t>(kGemmRows, rows - row);
-        panel_rows<Format, kGemmRows>(args, row, count, panel, finish);
-      }
+void gemm(const LinearArgs& args, int64_t rows, Range panels, const Finish& finish) {
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    for (int64_t row = 0; row < rows; row += kGemmRows) {
+      const int64_t count = std::min<int64_t>(kGemmRows, rows - row);
+      panel_rows<Format, kGemmRows>(args, row, count, panel, finish);
     }
   }
 }
@@ -113,24 +107,29 @@ namespace quire {
 namespace {
 
 #if !defined(__AMX_BF16__)
+template <class Format>
+int64_t best_gemm_items(const LinearArgs& args, int64_t /*rows*/) {
+  return num_panels(args);
+}
+
 template <class Format, class Finish>
-void best_gemm(const LinearArgs& args, int64_t rows, Worker& worker, const Finish& finish) {
-  gemm<Format>(args, rows, worker, finish);
+void best_gemm(const LinearArgs& args, int64_t rows, Range items, const Finish& finish) {
+  gemm<Format>(args, rows, items, finish);
 }
 #endif
 
 template <class Format>
-void linear(const LinearArgs& args, int64_t rows, Worker& worker) {
+void linear(const LinearArgs& args, int64_t rows, Range items) {
   using Activation = typename Format::Activation;
   switch (args.epilogue) {
     case Epilogue::kStore:
-      return best_gemm<Format>(args, rows, worker, StoreRows<Activation>{args});
+      return best_gemm<Format>(args, rows, items, StoreRows<Activation>{args});
     case Epilogue::kStoreFloat:
-      return best_gemm<Format>(args, rows, worker, StoreRows<float>{args});
+      return best_gemm<Format>(args, rows, items, StoreRows<float>{args});
     case Epilogue::kAddFloat:
-      return best_gemm<Format>(args, rows, worker, AddRows{args});
+      return best_gemm<Format>(args, rows, items, AddRows{args});
     case Epilogue::kSiluMul:
-      return best_gemm<Format>(args, rows, worker, SiluMul<Activation>{args});
+      return best_gemm<Format>(args, rows, items, SiluMul<Activation>{args});
   }
 }
 

@@ -116,31 +116,31 @@ void amx_panel(const LinearArgs& args, int64_t begin, int64_t end, int64_t panel
   }
 }
 
-template <class Finish>
-void amx_gemm(const LinearArgs& args, int64_t rows, Worker& worker, const Finish& finish) {
-  configure_gemm_tiles();
-  const int64_t panels = ceil_div(args.n, kPanel);
+// Rows that stay in L2 beside the panels streaming past them.
+inline int64_t row_block(const LinearArgs& args) {
   const int64_t fitting = kRowBlockBytes / (2 * round_up(args.k, kPanel));
-  const int64_t block = std::max<int64_t>(2 * kTileRows, fitting / 32 * 32);
-  const int64_t grain = panel_grain(panels, worker.team.size());
-  const int64_t chunks = ceil_div(panels, grain);
-  const int64_t items = chunks * ceil_div(rows, block);
-  for (int64_t item = worker.claim(1); item < items; item = worker.claim(1)) {
-    const int64_t begin = item / chunks * block;
-    const int64_t end = std::min(begin + block, rows);
-    const int64_t first = item % chunks * grain;
-    for (int64_t panel = first; panel < std::min(first + grain, panels); ++panel) {
-      amx_panel(args, begin, end, panel, finish);
-    }
-  }
+  return std::max<int64_t>(2 * kTileRows, fitting / 32 * 32);
+}
+
+// Items are (block of rows, panel), panels within a block following one another.
+template <class Format>
+int64_t best_gemm_items(const LinearArgs& args, int64_t rows) {
+  const int64_t blocks = Format::kPairs ? ceil_div(rows, row_block(args)) : 1;
+  return num_panels(args) * blocks;
 }
 
 template <class Format, class Finish>
-void best_gemm(const LinearArgs& args, int64_t rows, Worker& worker, const Finish& finish) {
+void best_gemm(const LinearArgs& args, int64_t rows, Range items, const Finish& finish) {
   if constexpr (Format::kPairs) {
-    amx_gemm(args, rows, worker, finish);
+    configure_gemm_tiles();
+    const int64_t panels = num_panels(args);
+    const int64_t block = row_block(args);
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const int64_t row = item / panels * block;
+      amx_panel(args, row, std::min(row + block, rows), item % panels, finish);
+    }
   } else {
-    gemm<Format>(args, rows, worker, finish);
+    gemm<Format>(args, rows, items, finish);
   }
 }
 

@@ -11,38 +11,60 @@
 namespace quire {
 namespace {
 
-void run_embed(const Op& op, const Step& step, Worker& worker) {
-  with_format(step.dtype, [&](auto format) {
-    embed<decltype(format)>(op.embed, step, worker);
+int64_t row_items(const Op& op, const Step& step) { return step.rows(op.domain); }
+
+// Calls f with the step's format as a type and the items as a range.
+template <class F>
+void in_format(const Step& step, int64_t begin, int64_t end, F&& f) {
+  with_format(step.dtype, [&](auto format) { f(format, Range{begin, end}); });
+}
+
+void run_embed(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  in_format(step, begin, end, [&](auto format, Range rows) {
+    embed<decltype(format)>(op.embed, step, rows);
   });
 }
 
-void run_rms_norm(const Op& op, const Step& step, Worker& worker) {
-  with_format(step.dtype, [&](auto format) {
-    rms_norm<decltype(format)>(op.rms_norm, step.rows(op.domain), worker);
+void run_rms_norm(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  in_format(step, begin, end, [&](auto format, Range rows) {
+    rms_norm<decltype(format)>(op.rms_norm, rows);
   });
 }
 
-void run_linear(const Op& op, const Step& step, Worker& worker) {
+int64_t linear_items(const Op& op, const Step& step) {
+  int64_t items = 0;
   with_format(step.dtype, [&](auto format) {
-    linear<decltype(format)>(op.linear, step.rows(op.domain), worker);
+    items = best_gemm_items<decltype(format)>(op.linear, step.rows(op.domain));
+  });
+  return items;
+}
+
+void run_linear(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  in_format(step, begin, end, [&](auto format, Range items) {
+    linear<decltype(format)>(op.linear, step.rows(op.domain), items);
   });
 }
 
-void run_rope_and_cache(const Op& op, const Step& step, Worker& worker) {
-  with_format(step.dtype, [&](auto format) {
-    rope_and_cache<decltype(format)>(op.rope, step, worker);
+int64_t rope_and_cache_items(const Op& op, const Step& step) { return rope_items(op.rope, step); }
+
+void run_rope_and_cache(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  in_format(step, begin, end, [&](auto format, Range items) {
+    rope_and_cache<decltype(format)>(op.rope, step, items);
   });
 }
 
-void run_attention(const Op& op, const Step& step, Worker& worker) {
-  with_format(step.dtype, [&](auto format) {
-    attention<decltype(format)>(op.attention, step, worker);
+int64_t attention_op_items(const Op& op, const Step& step) {
+  return attention_items(op.attention, step);
+}
+
+void run_attention(const Op& op, const Step& step, int64_t begin, int64_t end, char* scratch) {
+  in_format(step, begin, end, [&](auto format, Range items) {
+    attention<decltype(format)>(op.attention, step, items, scratch);
   });
 }
 
-void run_take_rows(const Op& op, const Step& step, Worker& worker) {
-  take_rows(op.take_rows, step, worker);
+void run_take_rows(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  take_rows(op.take_rows, step, {begin, end});
 }
 
 void release() {
@@ -58,7 +80,12 @@ constexpr int64_t kScratchBytes = std::max({sizeof(AttentionScratch<Float32Forma
 // In the order of OpCode.
 constexpr Kernels make_table(const char* name) {
   return {name,
-          {run_embed, run_rms_norm, run_linear, run_rope_and_cache, run_attention, run_take_rows},
+          {{row_items, run_embed},
+           {row_items, run_rms_norm},
+           {linear_items, run_linear},
+           {rope_and_cache_items, run_rope_and_cache},
+           {attention_op_items, run_attention},
+           {row_items, run_take_rows}},
           release,
           kScratchBytes};
 }

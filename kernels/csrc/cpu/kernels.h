@@ -1,8 +1,8 @@
 // What a recorded operation is, what one step gives it, and the table of kernels that an
 // instruction set provides.
 //
-// A program is a list of `Op`; each kernel is called by every thread of the team and divides its
-// work by `Worker::claim`. Matrices of activations have one row per token of the step (T) or per
+// A program is a list of `Op`. A kernel says how many items of work an op is in a step, and computes
+// any range of them on any thread. Matrices of activations have one row per token of the step (T) or per
 // row whose logits are wanted (R); the model fixes columns and addresses, the step T and R.
 //
 // Three rules keep a row's result independent of what shares its step:
@@ -16,11 +16,11 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "numbers.h"
-#include "team.h"
 
 namespace quire {
 
@@ -193,14 +193,6 @@ struct Step {
   }
 };
 
-// One thread inside a program.
-struct Worker {
-  Team& team;
-  char* scratch;  // private to the thread, 64-byte aligned
-
-  int64_t claim(int64_t grain) { return team.claim(grain); }
-};
-
 // Attention gathers the queries of up to this many (token, head) rows per key and value tile read.
 constexpr int kAttentionRows = 32;
 
@@ -210,11 +202,16 @@ inline int64_t tokens_per_group(const HeadShape& shape) {
   return heads >= kAttentionRows ? 1 : kAttentionRows / heads;
 }
 
-using Kernel = void (*)(const Op& op, const Step& step, Worker& worker);
+struct Kernel {
+  // Items of work that the op is in this step.
+  int64_t (*items)(const Op& op, const Step& step);
+  // Computes items [begin, end). `scratch` belongs to the calling thread, aligned to 64 bytes.
+  void (*run)(const Op& op, const Step& step, int64_t begin, int64_t end, char* scratch);
+};
 
 struct Kernels {
   const char* name;
-  Kernel run[static_cast<int>(OpCode::kCount)];
+  Kernel of[static_cast<int>(OpCode::kCount)];
   // Called by each thread when a program ends: gives back what makes a context switch dear.
   void (*release)();
   // Work space that each thread needs.

@@ -31,11 +31,14 @@ Program::Program(Team& team, const Cache& cache, DType dtype, const Limits& limi
     : team_(team), kernels_(kernels()), limits_(limits) {
   step_.dtype = dtype;
   step_.cache = cache;
-  const int64_t stride = round_up(kernels_.scratch_bytes, kAlignment);
-  scratch_.resize(stride * team.size() + kAlignment);
+  scratch_stride_ = round_up(kernels_.scratch_bytes, kAlignment);
+  scratch_.resize(scratch_stride_ * team.size() + kAlignment);
 }
 
+Program::~Program() { team_.settle(); }
+
 void Program::add(const Op& op) {
+  phases_.reset();
   if (op.code == OpCode::kEmbed) vocabulary_ = op.embed.rows;
   if (op.code == OpCode::kRopeAndCache) {
     max_positions_ = std::min(max_positions_, op.rope.max_positions);
@@ -124,23 +127,19 @@ void Program::plan(const StepArgs& args) {
   }
 }
 
-void Program::run_on(int thread, int64_t begin, int64_t end) {
-  const int64_t stride = round_up(kernels_.scratch_bytes, kAlignment);
+void Program::run(int64_t phase, int64_t begin, int64_t end, int thread) {
+  const Op& op = ops_[first_op_ + phase];
   const auto base = reinterpret_cast<uintptr_t>(scratch_.data());
   char* aligned = scratch_.data() + (round_up(base, kAlignment) - base);
-  Worker worker{team_, aligned + thread * stride};
-  const bool timed = profile_ != nullptr && thread == 0;
-  double started = timed ? now() : 0.0;
-  for (int64_t i = begin; i < end; ++i) {
-    kernels_.run[static_cast<int>(ops_[i].code)](ops_[i], step_, worker);
-    team_.barrier();
-    if (timed) {
-      const double finished = now();
-      profile_[i] += finished - started;
-      started = finished;
-    }
-  }
-  kernels_.release();
+  char* scratch = aligned + thread * scratch_stride_;
+  kernels_.of[static_cast<int>(op.code)].run(op, step_, begin, end, scratch);
+}
+
+void Program::phase_done(int64_t phase) {
+  if (profile_ == nullptr) return;
+  const double finished = now();
+  profile_[first_op_ + phase] += finished - phase_started_;
+  phase_started_ = finished;
 }
 
 const char* Program::run(const StepArgs& args, int64_t begin, int64_t end) {
@@ -150,8 +149,16 @@ const char* Program::run(const StepArgs& args, int64_t begin, int64_t end) {
     error_ = bad.what();
     return error_.c_str();
   }
+  team_.settle();  // a late thread may still be looking at the last run's phases
   plan(args);
-  team_.run([&](int thread) { run_on(thread, begin, end); });
+  if (phases_ == nullptr) phases_ = std::make_unique<Phase[]>(ops_.size());
+  first_op_ = begin;
+  for (int64_t i = begin; i < end; ++i) {
+    const Op& op = ops_[i];
+    phases_[i - begin].items = kernels_.of[static_cast<int>(op.code)].items(op, step_);
+  }
+  phase_started_ = now();
+  team_.run(phases_.get(), end - begin, *this);
   return nullptr;
 }
 

@@ -1,18 +1,18 @@
 // A recorded model step: operations over static buffers, replayed in one call.
 //
 //   record   quire_program_create, quire_program_add per operation
-//   replay   quire_program_run: checks the step, derives its work lists, then
-//
-//            thread 0   op 0 | op 1 | op 2 | ... | op n-1 |      all threads stay inside from the
-//            thread 1   op 0 | op 1 | op 2 | ... | op n-1 |      first op to the last; | = barrier
+//   replay   quire_program_run: checks the step, derives its work lists, then runs each operation as
+//            a phase of one job of the team; threads stay inside from the first to the last
 
 #pragma once
 
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
+#include "team.h"
 
 namespace quire {
 
@@ -23,9 +23,10 @@ struct Limits {
   int64_t max_logit_rows;
 };
 
-class Program {
+class Program final : private Job {
  public:
   Program(Team& team, const Cache& cache, DType dtype, const Limits& limits);
+  ~Program() override;
 
   void add(const Op& op);
   int64_t size() const { return static_cast<int64_t>(ops_.size()); }
@@ -34,27 +35,34 @@ class Program {
   // has run then). The text lives until the next call.
   const char* run(const StepArgs& args, int64_t begin, int64_t end);
 
-  // Seconds spent in each op by thread 0, waiting included, summed over runs; null: off (default).
+  // Where to add the seconds that each op took from start to end; null: off (default).
   void set_profile(double* seconds) { profile_ = seconds; }
 
  private:
   void check(const StepArgs& args);
   void check_sequence(const StepArgs& args, int64_t sequence);
   void plan(const StepArgs& args);
-  void run_on(int thread, int64_t begin, int64_t end);
+
+  void run(int64_t phase, int64_t begin, int64_t end, int thread) override;
+  void phase_done(int64_t phase) override;
+  void leave() override { kernels_.release(); }
 
   Team& team_;
   const Kernels& kernels_;
   Limits limits_;
   Step step_;
   std::vector<Op> ops_;
+  std::unique_ptr<Phase[]> phases_;  // one per op from first_op_ on
+  int64_t first_op_ = 0;
   int64_t vocabulary_ = 0;         // 0: no embedding
   int64_t tokens_per_group_ = 0;   // 0: no attention
   int64_t largest_window_ = 0;     // of the attentions; 0: one is unlimited
   int64_t max_positions_ = std::numeric_limits<int64_t>::max();  // shortest rotary table
+  int64_t scratch_stride_;
   std::vector<char> scratch_;
   std::string error_;
   double* profile_ = nullptr;
+  double phase_started_ = 0.0;
 };
 
 }  // namespace quire

@@ -1,8 +1,8 @@
 // After the QKV matmul: per-head RMSNorm (optional) and rotation of q and k, and the write of k and
 // v into the cache.
 //
-// Work is shared out as (run of rows in one cache block) x (KV head), so that one thread owns the
-// cache lines of a tile: neighbouring tokens interleave in them.
+// An item is (run of rows in one cache block) x (KV head), so that one thread owns the cache lines
+// of a tile: neighbouring tokens interleave in them.
 //
 //   PAIRS  K [hd / 2][16 tokens][2]    V [8 pairs of tokens][hd][2]    bf16
 //   LANES  K [hd][16 tokens]           V [16 tokens][hd]               fp32, fp16
@@ -112,11 +112,14 @@ void rope_run(const RopeArgs& args, const Step& step, const BlockRun& run, int64
   write_v(values, run, hd, reinterpret_cast<Cached*>(v_tile));
 }
 
+inline int64_t rope_items(const RopeArgs& args, const Step& step) {
+  return static_cast<int64_t>(step.runs.size()) * args.shape.num_kv_heads;
+}
+
 template <class Format>
-void rope_and_cache(const RopeArgs& args, const Step& step, Worker& worker) {
+void rope_and_cache(const RopeArgs& args, const Step& step, Range items) {
   const int64_t heads = args.shape.num_kv_heads;
-  const auto items = static_cast<int64_t>(step.runs.size()) * heads;
-  for (int64_t item = worker.claim(1); item < items; item = worker.claim(1)) {
+  for (int64_t item = items.begin; item < items.end; ++item) {
     rope_run<Format>(args, step, step.runs[item / heads], item % heads);
   }
 }

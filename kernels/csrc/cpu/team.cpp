@@ -17,13 +17,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// An engine's step follows the last one within tens of microseconds; waking a sleeping thread
-// costs about as much. So spinning longer than this only burns an idle machine's CPU.
-constexpr auto kSpin = std::chrono::microseconds(50);
-// A thread that a busy machine has descheduled comes back after a time slice (milliseconds):
-// yield that long before paying for a sleep.
-constexpr auto kYield = std::chrono::milliseconds(2);
-constexpr int kPausesPerClockRead = 32;
+// Longer than the usual wait for the last items of a phase, shorter than what waking a thread costs.
+// Spinning longer, or yielding, takes the core from the very thread that is waited for when the
+// machine is shared: beside two busy processes on two cores, 64 short phases took 1.2 ms on average
+// this way, 2-8 ms with 2 ms of yielding before the sleep and 9-27 ms with 200 us of spinning.
+constexpr auto kSpin = std::chrono::microseconds(20);
+constexpr int kPausesPerClockRead = 16;
 
 void pause() {
 #if defined(__x86_64__)
@@ -31,18 +30,6 @@ void pause() {
 #elif defined(__aarch64__)
   asm volatile("isb" ::: "memory");
 #endif
-}
-
-template <class Done, class Step>
-bool wait_at_most(Clock::duration limit, Done done, Step step) {
-  const auto end = Clock::now() + limit;
-  do {
-    for (int i = 0; i < kPausesPerClockRead; ++i) {
-      if (done()) return true;
-      step();
-    }
-  } while (Clock::now() < end);
-  return done();
 }
 
 std::vector<int> allowed_cpus() {
@@ -69,22 +56,34 @@ void Gate::advance() {
   changed_.notify_all();
 }
 
-void Gate::sleep(uint32_t seen) {
+void Gate::wait(uint32_t seen) {
+  const auto end = Clock::now() + kSpin;
+  do {
+    for (int i = 0; i < kPausesPerClockRead; ++i) {
+      if (value() != seen) return;
+      pause();
+    }
+  } while (Clock::now() < end);
   std::unique_lock<std::mutex> lock(mutex_);
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   changed_.wait(lock, [&] { return value_.load(std::memory_order_seq_cst) != seen; });
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-void Gate::wait(uint32_t seen, bool yield) {
-  const auto done = [&] { return changed(seen); };
-  if (wait_at_most(kSpin, done, pause)) return;
-  if (yield && wait_at_most(kYield, done, [] { std::this_thread::yield(); })) return;
-  sleep(seen);
+bool Phase::claim(int num_threads, int64_t& begin, int64_t& end) {
+  begin = next.load(std::memory_order_relaxed);
+  do {
+    const int64_t left = items - begin;
+    if (left <= 0) return false;
+    int64_t count = std::max<int64_t>(1, left / (2 * num_threads));
+    if (largest_claim > 0) count = std::min(count, largest_claim);
+    end = begin + count;
+  } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+  return true;
 }
 
-Team::Team(int num_threads, bool pin) : num_threads_(std::max(1, num_threads)) {
-  if (pin) cpus_ = allowed_cpus();
+Team::Team(int num_threads, bool pin)
+    : num_threads_(std::max(1, num_threads)), pin_(pin), cpus_(allowed_cpus()) {
   workers_.reserve(num_threads_ - 1);
   for (int thread = 1; thread < num_threads_; ++thread) {
     workers_.emplace_back([this, thread] { worker(thread); });
@@ -97,57 +96,118 @@ Team::~Team() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void Team::pin_to_cpu(int thread) const {
-  if (cpus_.empty()) return;
+// Left alone, Linux tends to wake a worker on the CPU of the caller that wakes it when the others are
+// not idle, where the two then take turns.
+void Team::place_threads() {
 #if defined(__linux__)
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cpus_[thread % cpus_.size()], &set);
-  pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // only a hint: failure is harmless
-#else
-  (void)thread;
+  if (cpus_.size() < 2 || num_threads_ == 1) return;
+  const int cpu = sched_getcpu();
+  if (cpu == caller_cpu_) return;
+  caller_cpu_ = cpu;
+  const auto place = [](pthread_t thread, const std::vector<int>& cpus) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (int each : cpus) CPU_SET(each, &set);
+    pthread_setaffinity_np(thread, sizeof(set), &set);  // only a hint: failure is harmless
+  };
+  std::vector<int> others;
+  for (int each : cpus_) {
+    if (each != cpu) others.push_back(each);
+  }
+  if (pin_) place(pthread_self(), {cpu});
+  for (size_t i = 0; i < workers_.size(); ++i) {
+    const int own = i < others.size() ? others[i] : cpus_[i % cpus_.size()];
+    place(workers_[i].native_handle(), pin_ ? std::vector<int>{own} : others);
+  }
 #endif
 }
 
+// A worker is inside a job while it claims and runs items, and outside while it waits; it comes back
+// only if the job is still the same. So a waiting worker that the system does not let run never
+// keeps the caller from returning, or from starting the next job.
+bool Team::enter(uint32_t job) {
+  // seq_cst on both sides: either we see the job closed or `wait_for_empty` sees us inside.
+  inside_.fetch_add(1, std::memory_order_seq_cst);
+  if (open_.load(std::memory_order_seq_cst) == job) return true;
+  exit();
+  return false;
+}
+
+void Team::exit() {
+  inside_.fetch_sub(1, std::memory_order_seq_cst);
+  left_.advance();
+}
+
+// Returns whether the phase is done.
+bool Team::claim_and_run(int64_t p, int thread) {
+  Phase& phase = phases_[p];
+  int64_t begin, end;
+  while (phase.claim(num_threads_, begin, end)) {
+    job_->run(p, begin, end, thread);
+    if (phase.finish(end - begin)) progress_.advance();
+  }
+  return phase.finished();
+}
+
+void Team::work(int thread, uint32_t job) {
+  const bool is_caller = thread == 0;
+  if (!is_caller && !enter(job)) return;
+  for (int64_t p = 0; p < num_phases_;) {
+    const uint32_t seen = progress_.value();
+    if (claim_and_run(p, thread)) {
+      if (is_caller) job_->phase_done(p);
+      ++p;
+      continue;
+    }
+    if (!is_caller) {
+      job_->leave();
+      exit();
+    }
+    progress_.wait(seen);
+    if (!is_caller && !enter(job)) return;
+  }
+  job_->leave();
+  if (!is_caller) exit();
+}
+
 void Team::worker(int thread) {
-  pin_to_cpu(thread);
-  // Start gates are counted from 0 and each job ends with a barrier, so none can be missed.
-  for (uint32_t job = 0;; ++job) {
-    start_.wait(job, /*yield=*/false);
+  for (uint32_t seen = 0;;) {
+    start_.wait(seen);
+    seen = start_.value();
     if (stopping_) return;
-    body_(thread);
-    barrier();
+    work(thread, seen);
   }
 }
 
-void Team::run_body(TeamBody body) {
+void Team::wait_for_empty() {
+  for (uint32_t seen = left_.value(); inside_.load(std::memory_order_seq_cst) != 0;
+       seen = left_.value()) {
+    left_.wait(seen);
+  }
+}
+
+void Team::settle() {
   std::lock_guard<std::mutex> turn(turn_);
-  thread_local const Team* pinned_by = nullptr;
-  if (pinned_by != this) {
-    pin_to_cpu(0);
-    pinned_by = this;
-  }
-  next_.store(0, std::memory_order_relaxed);
-  if (num_threads_ == 1) return body(0);
-  body_ = body;
-  start_.advance();
-  body(0);
-  barrier();
+  wait_for_empty();
 }
 
-void Team::barrier() {
-  if (num_threads_ == 1) {
-    next_.store(0, std::memory_order_relaxed);
-    return;
+void Team::run(Phase* phases, int64_t num_phases, Job& job) {
+  std::lock_guard<std::mutex> turn(turn_);
+  place_threads();
+  wait_for_empty();
+  for (int64_t p = 0; p < num_phases; ++p) {
+    phases[p].next.store(0, std::memory_order_relaxed);
+    phases[p].done.store(0, std::memory_order_relaxed);
   }
-  const uint32_t phase = phase_.value();
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < num_threads_) {
-    phase_.wait(phase, /*yield=*/true);
-    return;
-  }
-  arrived_.store(0, std::memory_order_relaxed);
-  next_.store(0, std::memory_order_relaxed);
-  phase_.advance();
+  phases_ = phases;
+  num_phases_ = num_phases;
+  job_ = &job;
+  // Jobs are numbered by the start gate: it shows the number once the job is open.
+  const uint32_t number = start_.value() + 1;
+  open_.store(number, std::memory_order_seq_cst);
+  if (num_threads_ > 1) start_.advance();
+  work(0, number);
+  open_.store(0, std::memory_order_seq_cst);
 }
 
 }  // namespace quire
