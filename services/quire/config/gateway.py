@@ -43,7 +43,8 @@ class GatewayConfig:
     """No log line per request."""
 
     api_key: tuple[str, ...] = option((), "access", secret=True)
-    """Key a client must send as a bearer token; several may be given."""
+    """Key a client must send as a bearer token; several may be given. Better in QUIRE_API_KEY:
+    other users of the machine can read a command line."""
     allow_unauthenticated: bool = option(False, "access")
     """Listen beyond this machine without an API key: anyone who reaches the port may use it."""
     allowed_origins: tuple[str, ...] = option((), "access")
@@ -63,7 +64,7 @@ class GatewayConfig:
     max_open_requests: int = option(2048, "limits")
     """Most requests in progress; more are rejected with 503 and Retry-After."""
     max_stream_backlog: int = option(1024, "limits")
-    """Tokens a slow reader may fall behind before its request is ended."""
+    """Tokens per choice that a slow reader may fall behind before its request is ended."""
     request_timeout: float = option(0.0, "limits")
     """Seconds a request may take when it does not bring its own limit; 0 for no limit."""
     tokenizer_threads: int = option(2, "limits")

@@ -10,9 +10,9 @@ import pytest
 from quire.telemetry.logging import (
     JsonFormatter,
     TextFormatter,
+    configure,
     current_request_id,
     request_context,
-    configure,
 )
 
 
