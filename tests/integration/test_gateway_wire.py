@@ -281,8 +281,11 @@ def test_each_key_has_its_own_prefix_cache(tokenizer):
 
 
 def test_root_path_of_a_proxy(tokenizer):
-    with gateway(tokenizer, speak([5])) as server:
+    """The proxy has taken the prefix off; it must neither open nor close a path."""
+    with gateway(tokenizer, speak([5]), root_path="/llm", api_key=("k",)) as server:
         assert server.get("/livez").status == 200
+        assert server.get("/v1/models").status == 401
+        assert server.get("/v1/models", authorization="Bearer k").status == 200
 
 
 def test_cors_is_off_by_default_and_can_be_allowed(tokenizer, server):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import socket
 import threading
 
 import fake_servicer
@@ -12,6 +14,11 @@ import tokenizer_folders
 from gateway_server import MODEL, gateway
 
 from quire.gateway.fake_worker import speak
+from quire.gateway.generation import Generation
+from quire.gateway.replies import Replies
+from quire.gateway.stream import EventStream
+from quire.gateway.traffic import RequestClock
+from quire.gateway.worker_client import _Pending
 from quire.proto import common_pb2, worker_pb2
 from quire.text.tokenizer import Tokenizer
 
@@ -85,6 +92,47 @@ def test_start_is_told_and_requests_wait_for_it(tokenizer, socket_path):
         assert server.get("/startupz").json["state"] == "ready"
         for path in ("/health", "/ping", "/v1/models", "/startupz"):
             assert server.get(path).status == 200
+
+
+def test_tokenizer_that_cannot_be_loaded_is_said_so(tokenizer):
+    with gateway(tokenizer, speak([5]), chat_template="missing.jinja", wait=False) as server:
+        progress = server.until(
+            lambda: (p := server.get("/startupz").json)["state"] == "failed" and p
+        )
+        assert "missing.jinja" in progress["detail"]
+        assert server.chat().status == 503
+
+
+def test_nothing_is_left_of_requests_that_ended_in_any_way(tokenizer, socket_path):
+    script = speak(words(tokenizer, 20), delay_s=0.001)
+    with gateway(tokenizer, script, grpc_socket=socket_path) as server:
+
+        def round_of_requests():
+            for fields in ({}, {"stream": True}, {"stop": "world"}, {"n": 3}, {"max_tokens": -1}):
+                server.chat(**fields)
+            with socket.create_connection(("127.0.0.1", server.port)) as sock:
+                body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true}'
+                head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+                kind = b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
+                sock.sendall(head + kind % len(body) + body)
+                sock.recv(50)
+            server.until(lambda: server.get("/load").json["server_load"] == 0)
+
+        def objects():
+            gc.collect()
+            kinds = (Replies, Generation, EventStream, RequestClock, _Pending)
+            return sum(isinstance(o, kinds) for o in gc.get_objects())
+
+        async def num_tasks():
+            return len(asyncio.all_tasks())
+
+        round_of_requests()
+        before = server.run(num_tasks())
+        for _ in range(10):
+            round_of_requests()
+        server.until(lambda: objects() == 0)
+        # a few come and go with the load reports
+        server.until(lambda: server.run(num_tasks()) <= before + 3)
 
 
 def test_metrics_hold_the_workers_page(tokenizer, socket_path):
@@ -163,6 +211,28 @@ def test_stop_string_ends_the_request_at_the_worker(tokenizer, socket_path, stre
             assert answer.json["usage"]["completion_tokens"] == 2
         assert (end["finish_reason"], end["stop_reason"]) == ("stop", "wor")
         server.until(lambda: server.worker.aborted, timeout_s=5)
+
+
+def test_choices_that_stopped_are_not_mixed_up_with_those_that_go_on(tokenizer):
+    """The engine goes on with a choice that ended at a stop string until all of them have."""
+    hello, world = tokenizer.encode("Hello world")
+
+    async def script(submit):
+        for position in range(6):
+            for choice in range(2):
+                yield worker_pb2.ChoiceOutput(
+                    choice=choice,
+                    position=position,
+                    token_ids=[world if choice == 1 and position == 2 else hello],
+                    finish_reason=common_pb2.FINISH_REASON_LENGTH if position == 5 else 0,
+                )
+            if position % 2:
+                await asyncio.sleep(0.01)
+
+    with gateway(tokenizer, script) as server:
+        choices = server.chat(n=2, stop="world").json["choices"]
+        assert [c["message"]["content"] for c in choices] == ["Hello" * 6, "HelloHello "]
+        assert [c["finish_reason"] for c in choices] == ["length", "stop"]
 
 
 def test_what_the_worker_is_told(tokenizer, socket_path):

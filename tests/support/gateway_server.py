@@ -189,6 +189,7 @@ async def _serve(tokenizer, script, info, grpc_socket, wait, config, started, re
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=1,
+            root_path=config.get("root_path", ""),
         )
     )
     server.capture_signals = _no_signals

@@ -197,10 +197,6 @@ async def collect(
     """Wait for every choice to end; the whole answer. Raises ApiError."""
     tokens: list[list[TokenText]] = [[] for _ in generation.choices]
     while not generation.done:
-        for index, output in await replies.next():
-            taken = generation.take(index, output, replies)
-            if taken is not None:
-                choice, delta = taken
-                clock.tokens(choice, delta.num_tokens)
-                tokens[choice].extend(delta.tokens)
+        for choice, delta in generation.take(await replies.next(), replies, clock):
+            tokens[choice].extend(delta.tokens)
     return answer.body(tokens)

@@ -6,10 +6,12 @@ Boundary (ids, errors, log) > CORS > Authentication > routes
 from __future__ import annotations
 
 import asyncio
+import logging
 import platform
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
@@ -28,7 +30,7 @@ from quire.gateway.worker_client import WorkerClient
 from quire.telemetry import metrics as m
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from prometheus_client.registry import CollectorRegistry
     from starlette.routing import BaseRoute
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from quire.config.gateway import GatewayConfig
     from quire.gateway.worker import Worker
     from quire.telemetry.instruments import Instruments
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(
@@ -107,10 +111,19 @@ class _Raw:
         await self._serve(scope, receive, send)  # type: ignore[misc]
 
 
+async def _kept(job: Coroutine[Any, Any, None], name: str) -> None:
+    """Run a part of the gateway; a bug in it ends the process, which cannot do without."""
+    try:
+        await job
+    except Exception:
+        logger.critical("the %s failed; stopping", name, exc_info=True)
+        signal.raise_signal(signal.SIGTERM)
+
+
 @asynccontextmanager
 async def _lifespan(parts: Parts) -> AsyncIterator[None]:
     tasks = [
-        asyncio.create_task(job, name=name)
+        asyncio.create_task(_kept(job, name), name=name)
         for name, job in (
             ("worker connection", parts.worker.run()),
             ("model", parts.models.run()),

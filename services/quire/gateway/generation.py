@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quire.gateway.prompts import Prompt
     from quire.gateway.replies import Replies
     from quire.gateway.request import GenerationRequest
+    from quire.gateway.traffic import RequestClock
     from quire.proto.common_pb2 import TokenLogprob
     from quire.text.output import TextDelta
     from quire.text.tokenizer import Tokenizer
@@ -81,13 +82,36 @@ class Generation:
         )
 
     def take(
+        self,
+        outputs: Sequence[tuple[int, worker_pb2.ChoiceOutput]],
+        replies: Replies,
+        clock: RequestClock,
+    ) -> list[tuple[int, TextDelta]]:
+        """Add outputs, each with its prompt's index: (choice, what is new) for those with news.
+
+        Raises ApiError when tokens are missing before one, or its deadline passed.
+        """
+        news = []
+        counts: dict[int, int] = {}
+        for index, output in outputs:
+            taken = self._take(index, output, replies)
+            if taken is not None:
+                news.append(taken)
+                choice, delta = taken
+                counts[choice] = counts.get(choice, 0) + delta.num_tokens
+        for choice, count in counts.items():
+            clock.tokens(choice, count)
+        return news
+
+    def _take(
         self, index: int, output: worker_pb2.ChoiceOutput, replies: Replies
     ) -> tuple[int, TextDelta] | None:
-        """Add an output of prompt `index`: (choice, what is new), or None if it is not news.
-
-        Raises ApiError when tokens are missing before it, or its deadline passed.
-        """
         journal = self.journals[index]
+        choice = index * self.n + output.choice
+        text = self.choices[choice] if output.choice < self.n else None
+        # ended by a stop string, which the engine does not know of
+        if text is None or text.finish_reason is not None:
+            return None
         verdict = journal.judge(output)
         if verdict is Verdict.GAP:
             replies.abort(index)
@@ -97,10 +121,6 @@ class Generation:
         if output.HasField("admission"):
             self._cached_tokens += output.admission.cached_tokens
             self.prompt_scores[index] = output.prompt_logprobs
-        choice = index * self.n + output.choice
-        text = self.choices[choice]
-        if text.finish_reason is not None:  # at a stop string, while others of the prompt go on
-            return None
         delta = text.push(output.token_ids, output.logprobs, _end(output))
         journal.append(output.choice, list(output.token_ids[: delta.num_tokens]))
         if delta.finish_reason is not None:

@@ -51,10 +51,11 @@ class Health:
         """The start-up phase, with its progress where the worker reports one."""
         startup = self._worker.startup
         waits_for_tokenizer = startup.phase == "ready" and not self.is_ready
+        failure = self._models.failure
         return {
-            "state": "ready" if self.is_ready else "starting",
+            "state": "failed" if failure else "ready" if self.is_ready else "starting",
             "phase": "tokenizer" if waits_for_tokenizer else startup.phase,
-            "detail": startup.detail,
+            "detail": failure or startup.detail,
             "done": startup.done,
             "total": startup.total,
             "unit": startup.unit,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quire.api.errors import ApiError, echo
-from quire.text.folder import read_json, resolve_folder
+from quire.text.folder import resolve_folder, sampling_defaults
 from quire.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2.0
-DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""Sampling defaults that a model's generation_config.json may set, as in vLLM."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,8 @@ class ModelLoader:
         self._engine = engine
         self._worker = worker
         self._served: ServedModel | None = None
+        self.failure: str | None = None
+        """Why the model cannot be served: no tokenizer, or a template that does not compile."""
 
     @property
     def served(self) -> ServedModel | None:
@@ -75,13 +75,25 @@ class ModelLoader:
         """The model. Raises ApiError not_ready."""
         served = self.served
         if served is None:
+            if self.failure is not None:
+                raise ApiError("not_ready", "The model cannot be served; see the server's log.")
             phase = self._worker.startup.phase or "start"
             message = f"The model is not ready yet (phase: {phase}). Please retry."
             raise ApiError("not_ready", message, retry_after_s=RETRY_AFTER_S)
         return served
 
     async def run(self) -> None:
-        """Load the tokenizer when the worker has loaded its model, and again if that changes."""
+        """Load the tokenizer when the worker has loaded its model, and again if that changes.
+
+        Returns, with `failure` set, when it cannot be loaded.
+        """
+        try:
+            await self._keep_loaded()
+        except (OSError, ValueError) as error:
+            self.failure = f"no tokenizer: {error}"
+            logger.critical("the model cannot be served: %s", self.failure)
+
+    async def _keep_loaded(self) -> None:
         # beside the engine, which takes longer; a failure shows when the model is known
         early = asyncio.create_task(asyncio.to_thread(self._load, self._engine.model))
         try:
@@ -113,8 +125,7 @@ class ModelLoader:
         return tokenizer
 
     def _serve(self, info: ModelInfo, tokenizer: Tokenizer) -> ServedModel:
-        generation = read_json(tokenizer.folder, "generation_config.json")
-        defaults = {k: generation[k] for k in DEFAULTS if generation.get(k) is not None}
+        defaults = sampling_defaults(tokenizer.folder)
         names = self._config.served_model_name or (info.model,)
         return ServedModel(tuple(names), info, tokenizer, defaults, int(time.time()))
 

@@ -60,12 +60,7 @@ class EventStream:
         """The events for new outputs."""
         usage = self._generation.request.delivery.continuous_usage
         events = []
-        for index, output in outputs:
-            taken = self._generation.take(index, output, replies)
-            if taken is None:
-                continue
-            choice, delta = taken
-            self._clock.tokens(choice, delta.num_tokens)
+        for choice, delta in self._generation.take(outputs, replies, self._clock):
             chunks = self._answer.chunks(choice, delta)
             if not self._opened[choice]:
                 self._opened[choice] = True

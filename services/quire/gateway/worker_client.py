@@ -115,7 +115,9 @@ class WorkerClient:
         """Send requests whose answers are read together; sets their `request` numbers."""
         first = self._next_number
         self._next_number += len(submits)
-        replies = Replies(len(submits), self._max_backlog, lambda i: self._abort(first + i))
+        num_choices = sum(max(submit.sampling.n, 1) for submit in submits)
+        max_backlog = self._max_backlog * num_choices
+        replies = Replies(len(submits), max_backlog, lambda i: self._abort(first + i))
         if not self.ready:
             replies.fail(ApiError("not_ready", "The model is not ready.", retry_after_s=2.0))
             return replies

@@ -46,6 +46,15 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """Sampling parameters that the model's generation_config.json sets, as vLLM reads them."""
+    generation = read_json(folder, "generation_config.json")
+    return {k: generation[k] for k in SAMPLING_DEFAULTS if generation.get(k) is not None}
+
+
 def eos_token_ids(folder: Path) -> list[int]:
     """End-of-sequence ids of the model's generation_config.json, else config.json; maybe empty."""
     for name in ("generation_config.json", "config.json"):
