@@ -21,7 +21,7 @@ from quire.config.engine import EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.request import EngineRequest
 from quire.text.chat_template import ChatRequest
-from quire.text.folder import resolve_folder
+from quire.text.folder import resolve_folder, sampling_defaults
 from quire.text.output import ChoiceText, End
 from quire.text.tokenizer import Tokenizer
 
@@ -71,8 +71,8 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` uses when given no parameters."""
-        return SamplingParams()
+        """What `generate` uses when given no parameters: the model's own defaults."""
+        return SamplingParams(**sampling_defaults(self._tokenizer.folder))
 
     def generate(
         self,
@@ -124,7 +124,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        each = _broadcast(sampling_params or SamplingParams(), len(prompts))
+        each = _broadcast(sampling_params or self.get_default_sampling_params(), len(prompts))
         live: dict[str, _Live] = {}
         results: list[RequestOutput] = []
         pending = zip(prompts, each, strict=True)

@@ -29,7 +29,7 @@ def main() -> int:
     from quire.telemetry.logging import configure
     from quire.worker.server import WorkerOptions, serve
 
-    configure()
+    configure(raw.get("log_level", "info"), raw.get("log_format", "text"))
     return asyncio.run(serve(WorkerOptions(engine, listen, name)))
 
 
