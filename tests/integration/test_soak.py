@@ -1,5 +1,7 @@
-"""A thousand requests against a real server, with aborts and disconnects at random moments: no block
-stays owned, and memory does not grow."""
+"""A thousand requests against a real server, with aborts and disconnects at random moments.
+
+No block stays owned, and memory does not grow.
+"""
 
 from __future__ import annotations
 
