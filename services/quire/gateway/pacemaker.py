@@ -42,7 +42,11 @@ class Pacemaker:
             return
         while True:
             await asyncio.sleep(min(1.0, self._interval_s / 4))
-            silent_since = time.monotonic() - self._interval_s
-            for replies, stream in list(self._streams.items()):
-                if stream.last_sent <= silent_since:
-                    replies.nudge()
+            self._beat()
+
+    def _beat(self) -> None:
+        # a function, so that its last stream is let go of while `run` sleeps
+        silent_since = time.monotonic() - self._interval_s
+        for replies, stream in list(self._streams.items()):
+            if stream.last_sent <= silent_since:
+                replies.nudge()
