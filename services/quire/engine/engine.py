@@ -17,6 +17,7 @@ from quire.api import block_hash
 from quire.api.errors import ApiError
 from quire.api.sampling import check_token_ids
 from quire.engine.kv.pool import BlockPool
+from quire.engine.pace import Pace
 from quire.engine.request import EngineRequest, FinishReason, RequestState, Sequence
 from quire.engine.runner.load import load_model
 from quire.engine.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -50,6 +51,7 @@ class Engine:
                 watermark_blocks=int(config.watermark * loaded.runner.num_blocks),
             ),
         )
+        self.pace = Pace()
         self._rate: deque[tuple[float, int]] = deque()
 
     @classmethod
@@ -105,6 +107,7 @@ class Engine:
         result = self.runner.execute(scheduled.plan)
         outputs += self.scheduler.update(scheduled, result)
         self._note_rate(scheduled.plan.num_tokens)
+        self.pace.note_step([c.num_tokens for c in scheduled.chunks], time.monotonic() - now)
         return outputs
 
     def reset_prefix_cache(self) -> int:

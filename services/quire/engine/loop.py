@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from quire.engine.engine import Engine
     from quire.engine.output import ChoiceOutput
+    from quire.engine.pace import Rates
     from quire.engine.request import EngineRequest
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,9 @@ class EngineState:
     running: int
     waiting: int
     queued_tokens: int
+    prefill_tokens: int
+    """Prompt tokens not yet computed, of waiting and running requests."""
+    rates: Rates
     blocks_free: int
     blocks_cached: int
     blocks_owned: int
@@ -158,6 +162,8 @@ class EngineLoop:
             running=len(scheduler.running),
             waiting=scheduler.waiting.num_sequences,
             queued_tokens=scheduler.waiting.num_tokens,
+            prefill_tokens=scheduler.prefill_tokens,
+            rates=self.engine.pace.rates(),
             blocks_free=blocks.free,
             blocks_cached=blocks.cached,
             blocks_owned=blocks.owned,

@@ -337,16 +337,25 @@ class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CACHE_EVENTS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     cache_events: _builtins.bool
-    """also send cache events (routers)"""
+    """also send cache events and digests (routers)"""
+    incarnation: _builtins.int
+    """What the reader has of this incarnation: events follow from there, without a snapshot, when
+    they are still kept. Absent or of another incarnation: a snapshot comes first.
+    """
+    after_sequence: _builtins.int
     def __init__(
         self,
         *,
         cache_events: _builtins.bool = ...,
+        incarnation: _builtins.int = ...,
+        after_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "cache_events", b"cache_events", "incarnation", b"incarnation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,6 +369,7 @@ class WorkerUpdate(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     CACHE_EVENTS_FIELD_NUMBER: _builtins.int
+    CACHE_DIGEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def startup(self) -> Global___Startup: ...
     @_builtins.property
@@ -372,6 +382,10 @@ class WorkerUpdate(_message.Message):
 
     @_builtins.property
     def cache_events(self) -> Global___CacheEvents: ...
+    @_builtins.property
+    def cache_digest(self) -> Global___CacheDigest:
+        """every few seconds, to readers of cache events"""
+
     def __init__(
         self,
         *,
@@ -379,12 +393,13 @@ class WorkerUpdate(_message.Message):
         model: Global___ModelInfo | None = ...,
         load: Global___Load | None = ...,
         cache_events: Global___CacheEvents | None = ...,
+        cache_digest: Global___CacheDigest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "load", b"load", "model", b"model", "startup", b"startup", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_digest", b"cache_digest", "cache_events", b"cache_events", "load", b"load", "model", b"model", "startup", b"startup", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "load", b"load", "model", b"model", "startup", b"startup", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_digest", b"cache_digest", "cache_events", b"cache_events", "load", b"load", "model", b"model", "startup", b"startup", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["startup", "model", "load", "cache_events"]  # noqa: Y015
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["startup", "model", "load", "cache_events", "cache_digest"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 
@@ -497,6 +512,14 @@ class Load(_message.Message):
     BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
     BLOCKS_OWNED_FIELD_NUMBER: _builtins.int
     STEP_AGE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    ITL_S_FIELD_NUMBER: _builtins.int
+    ITL_SLOPE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_WEIGHT_FIELD_NUMBER: _builtins.int
+    DECODE_WEIGHT_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    TRANSFER_RATES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """steps executed so far"""
     running: _builtins.int
@@ -509,6 +532,25 @@ class Load(_message.Message):
     blocks_owned: _builtins.int
     step_age_s: _builtins.float
     """since the last finished step while work is pending, else 0"""
+    prefill_tokens: _builtins.int
+    """prompt tokens not yet computed, of waiting and running requests"""
+    prefill_tokens_per_s: _builtins.float
+    """Moving averages of this engine; 0 = nothing measured yet.
+    while there is prefill work, decodes in the same steps included
+    """
+    itl_s: _builtins.float
+    """seconds between two tokens of a stream"""
+    itl_slope_s: _builtins.float
+    """growth of itl_s with each further stream in the batch"""
+    prefill_weight: _builtins.float
+    """The role as routing weights, each 0 to 1; absent = 1. 0 = not for this kind of work while
+    another pod can do it.
+    """
+    decode_weight: _builtins.float
+    draining: _builtins.bool
+    """takes no new requests"""
+    @_builtins.property
+    def transfer_rates(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferRate]: ...
     def __init__(
         self,
         *,
@@ -520,14 +562,54 @@ class Load(_message.Message):
         blocks_cached: _builtins.int = ...,
         blocks_owned: _builtins.int = ...,
         step_age_s: _builtins.float = ...,
+        prefill_tokens: _builtins.int = ...,
+        prefill_tokens_per_s: _builtins.float = ...,
+        itl_s: _builtins.float = ...,
+        itl_slope_s: _builtins.float = ...,
+        prefill_weight: _builtins.float | None = ...,
+        decode_weight: _builtins.float | None = ...,
+        draining: _builtins.bool = ...,
+        transfer_rates: _abc.Iterable[Global___TransferRate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_weight", b"_decode_weight", "_prefill_weight", b"_prefill_weight", "decode_weight", b"decode_weight", "prefill_weight", b"prefill_weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_weight", b"_decode_weight", "_prefill_weight", b"_prefill_weight", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_owned", b"blocks_owned", "decode_weight", b"decode_weight", "draining", b"draining", "itl_s", b"itl_s", "itl_slope_s", b"itl_slope_s", "prefill_tokens", b"prefill_tokens", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefill_weight", b"prefill_weight", "queued_tokens", b"queued_tokens", "running", b"running", "step", b"step", "step_age_s", b"step_age_s", "transfer_rates", b"transfer_rates", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__decode_weight: _TypeAlias = _typing.Literal["decode_weight"]  # noqa: Y015
+    _WhichOneofArgType__decode_weight: _TypeAlias = _typing.Literal["_decode_weight", b"_decode_weight"]  # noqa: Y015
+    _WhichOneofReturnType__prefill_weight: _TypeAlias = _typing.Literal["prefill_weight"]  # noqa: Y015
+    _WhichOneofArgType__prefill_weight: _TypeAlias = _typing.Literal["_prefill_weight", b"_prefill_weight"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decode_weight) -> _WhichOneofReturnType__decode_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill_weight) -> _WhichOneofReturnType__prefill_weight | None: ...
+
+Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class TransferRate(_message.Message):
+    """Measured speed of KV blocks pushed to this pod."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """id of the pod that pushes"""
+    bytes_per_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_owned", b"blocks_owned", "queued_tokens", b"queued_tokens", "running", b"running", "step", b"step", "step_age_s", b"step_age_s", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "peer", b"peer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Load: _TypeAlias = Load  # noqa: Y015
+Global___TransferRate: _TypeAlias = TransferRate  # noqa: Y015
 
 @_typing.final
 class CacheEvents(_message.Message):
@@ -539,10 +621,13 @@ class CacheEvents(_message.Message):
     FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     first_sequence: _builtins.int
     snapshot: _builtins.bool
     """events are the whole content, up to first_sequence"""
+    more: _builtins.bool
+    """of a snapshot: further parts with the same number follow"""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheEvent]: ...
     def __init__(
@@ -552,14 +637,49 @@ class CacheEvents(_message.Message):
         first_sequence: _builtins.int = ...,
         events: _abc.Iterable[Global___CacheEvent] | None = ...,
         snapshot: _builtins.bool = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "first_sequence", b"first_sequence", "incarnation", b"incarnation", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "first_sequence", b"first_sequence", "incarnation", b"incarnation", "more", b"more", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheEvents: _TypeAlias = CacheEvents  # noqa: Y015
+
+@_typing.final
+class CacheDigest(_message.Message):
+    """Fingerprint of the cache's content after event `sequence`. Order-independent, so that both sides
+    keep it up to date with each event; a reader whose own differs asks for a snapshot.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    HASH_XOR_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.int
+    sequence: _builtins.int
+    count: _builtins.int
+    """blocks that can be found by hash"""
+    hash_xor: _builtins.bytes
+    """16 bytes: exclusive or of their hashes"""
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        count: _builtins.int = ...,
+        hash_xor: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "hash_xor", b"hash_xor", "incarnation", b"incarnation", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheDigest: _TypeAlias = CacheDigest  # noqa: Y015
 
 @_typing.final
 class CacheEvent(_message.Message):

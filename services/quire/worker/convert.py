@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from quire.api.errors import ApiError
     from quire.engine.engine import Engine
-    from quire.engine.kv.pool import CacheEvent
+    from quire.engine.kv.pool import CacheDigest, CacheEvent
     from quire.engine.loop import EngineState
     from quire.engine.output import ChoiceOutput, TokenLogprob
     from quire.engine.runner.load import Startup
@@ -165,6 +165,20 @@ def load_to(state: EngineState, step_age_s: float) -> worker_pb2.Load:
         blocks_cached=state.blocks_cached,
         blocks_owned=state.blocks_owned,
         step_age_s=step_age_s,
+        prefill_tokens=state.prefill_tokens,
+        prefill_tokens_per_s=state.rates.prefill_tokens_per_s,
+        itl_s=state.rates.itl_s,
+        itl_slope_s=state.rates.itl_slope_s,
+    )
+
+
+def cache_digest_to(digest: CacheDigest, incarnation: int) -> worker_pb2.CacheDigest:
+    """The fingerprint of the prefix cache."""
+    return worker_pb2.CacheDigest(
+        incarnation=incarnation,
+        sequence=digest.sequence,
+        count=digest.count,
+        hash_xor=digest.hash_xor,
     )
 
 

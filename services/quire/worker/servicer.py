@@ -26,6 +26,7 @@ from quire.engine.request import FinishReason
 from quire.proto import worker_pb2, worker_pb2_grpc
 from quire.telemetry.instruments import render
 from quire.worker import convert
+from quire.worker.cache_feed import CacheFeed
 from quire.worker.session import GatewaySession, SlowGateway
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 WATCH_STARTUP_S = 0.1
 WATCH_LOAD_S = 1.0
 WATCH_EVENTS_S = 0.05
-ENGINE_CALL_TIMEOUT_S = 30.0
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -192,50 +192,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 yield worker_pb2.WorkerUpdate(startup=shown)
             await asyncio.sleep(WATCH_STARTUP_S)
         yield worker_pb2.WorkerUpdate(model=convert.model_info(loop.engine, self.incarnation))
-        sequence = -1
-        period = WATCH_EVENTS_S if request.cache_events else WATCH_LOAD_S
+        feed = CacheFeed(self.incarnation, request) if request.cache_events else None
+        period = WATCH_LOAD_S if feed is None else WATCH_EVENTS_S
         next_load = 0.0
         while self._loop is not None:
             now = self._asyncio.time()
             if now >= next_load:
                 next_load = now + WATCH_LOAD_S
                 yield worker_pb2.WorkerUpdate(load=convert.load_to(loop.state, loop.stalled_s()))
-            if request.cache_events:
-                events, sequence = await self._cache_events(loop, sequence)
-                if events is not None:
-                    yield worker_pb2.WorkerUpdate(cache_events=events)
+            if feed is not None:
+                for update in await feed.updates(loop):
+                    yield update
             await asyncio.sleep(period)
-
-    async def _cache_events(
-        self, loop: EngineLoop, sequence: int
-    ) -> tuple[worker_pb2.CacheEvents | None, int]:
-        """Events after `sequence`, or a snapshot when there is a gap; and the newest number."""
-        future: asyncio.Future[tuple[worker_pb2.CacheEvents | None, int]] = (
-            self._asyncio.create_future()
-        )
-
-        def collect(engine: Engine) -> None:
-            pool = engine.pool
-            events = pool.events_since(sequence) if sequence >= 0 else None
-            message = None
-            if events is None:
-                message = worker_pb2.CacheEvents(
-                    events=convert.stored_events(pool.snapshot()),
-                    first_sequence=pool.event_sequence,
-                    snapshot=True,
-                )
-            elif events:
-                message = worker_pb2.CacheEvents(
-                    events=[convert.cache_event_to(event) for event in events],
-                    first_sequence=events[0].sequence,
-                )
-            if message is not None:
-                message.incarnation = self.incarnation
-            result = (message, pool.event_sequence)
-            self._asyncio.call_soon_threadsafe(_resolve, future, result)
-
-        loop.call(collect)
-        return await asyncio.wait_for(future, ENGINE_CALL_TIMEOUT_S)
 
     # ---- Control
 
@@ -266,11 +234,3 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
 def _session_number(request_id: str) -> int:
     return int(request_id.partition("/")[0])
-
-
-def _resolve(
-    future: asyncio.Future[tuple[worker_pb2.CacheEvents | None, int]],
-    result: tuple[worker_pb2.CacheEvents | None, int],
-) -> None:
-    if not future.done():
-        future.set_result(result)

@@ -182,3 +182,16 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPoolMachine = PoolMachine.TestCase
+
+
+def test_the_digest_depends_on_the_content_alone() -> None:
+    one, other = BlockPool(8), BlockPool(8)
+    registered(one, chain(1, 2))
+    first = registered(one, chain(3))
+    registered(other, chain(3))
+    registered(other, chain(1, 2))
+    assert one.digest().count == other.digest().count == 3
+    assert one.digest().hash_xor == other.digest().hash_xor
+    one.release(first)
+    one.reset_cache()
+    assert (one.digest().count, one.digest().hash_xor) == (0, bytes(16))

@@ -14,9 +14,13 @@ The pool knows block ids and hashes only; the memory itself belongs to the runne
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
+
+from quire.api.block_hash import HASH_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,6 +49,18 @@ class PoolCounts:
     promised: int
 
 
+@dataclass(frozen=True, slots=True)
+class CacheDigest:
+    """Fingerprint of the findable blocks after event `sequence`, whatever order they came in.
+
+    The hashes are blake2b outputs, as good as random, so their exclusive or needs no more mixing.
+    """
+
+    sequence: int
+    count: int
+    hash_xor: bytes
+
+
 class NoBlocksLeft(Exception):
     """More blocks were asked for than `num_available`; nothing was taken."""
 
@@ -68,6 +84,7 @@ class BlockPool:
         self._hash: list[bytes | None] = [None] * num_blocks
         self._parent: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
+        self._hash_xor = 0
         self._free: deque[int] = deque(range(num_blocks))
         # Unreferenced cached blocks, least recently used first.
         self._lru: OrderedDict[int, None] = OrderedDict()
@@ -146,6 +163,7 @@ class BlockPool:
         if known == block:
             self._hash[block] = block_hash
             self._parent[block] = parent
+            self._hash_xor ^= int.from_bytes(block_hash, "little")
             self._emit(block_hash, parent, stored=True)
         return known
 
@@ -160,6 +178,7 @@ class BlockPool:
         for block in self._by_hash.values():
             self._hash[block] = self._parent[block] = None
         self._by_hash.clear()
+        self._hash_xor = 0
         self._free.extend(self._lru)
         self._lru.clear()
         self._emit(None, None, stored=False)
@@ -176,6 +195,11 @@ class BlockPool:
             return None
         return [self.events[i - missing] for i in range(missing)] if missing else []
 
+    def digest(self) -> CacheDigest:
+        """Fingerprint of what `snapshot` would return now; costs nothing."""
+        hash_xor = self._hash_xor.to_bytes(HASH_BYTES, "little")
+        return CacheDigest(self.event_sequence, len(self._by_hash), hash_xor)
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless every block is in exactly one state and the index agrees."""
         free, lru = set(self._free), set(self._lru)
@@ -186,6 +210,7 @@ class BlockPool:
         _require(all(self._hash[b] is None for b in free), "a free block has a hash")
         _require(all(self._hash[b] is not None for b in lru), "a cached block has no hash")
         _require(all(self._hash[b] == h for h, b in self._by_hash.items()), "the index is wrong")
+        _require(self._hash_xor == _xor(self._by_hash), "the digest is wrong")
         _require(0 <= self.promised <= len(free) + len(lru), "promised more than there is")
 
     def _evict(self) -> int:
@@ -194,12 +219,17 @@ class BlockPool:
         assert block_hash is not None
         del self._by_hash[block_hash]
         self._hash[block] = self._parent[block] = None
+        self._hash_xor ^= int.from_bytes(block_hash, "little")
         self._emit(block_hash, None, stored=False)
         return block
 
     def _emit(self, block_hash: bytes | None, parent: bytes | None, *, stored: bool) -> None:
         self.event_sequence += 1
         self.events.append(CacheEvent(self.event_sequence, block_hash, parent, stored))
+
+
+def _xor(hashes: Iterable[bytes]) -> int:
+    return reduce(operator.xor, (int.from_bytes(h, "little") for h in hashes), 0)
 
 
 def _require(condition: bool, message: str) -> None:

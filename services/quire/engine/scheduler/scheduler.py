@@ -109,6 +109,12 @@ class Scheduler:
         return request_id in self._requests
 
     @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens not yet computed, of waiting and running sequences."""
+        running = sum(s.num_tokens - s.num_computed for s in self.running if s.is_prefill)
+        return self.waiting.num_tokens + running
+
+    @property
     def has_work(self) -> bool:
         """A step would compute something."""
         return bool(self.running) or self.waiting.num_sequences > 0
