@@ -12,13 +12,14 @@ import torch
 
 from quire.engine.models.config import ModelConfig, read_config
 from quire.engine.models.llama import Llama, weight_shapes
-from quire.engine.models.source import fingerprint, resolve
+from quire.engine.models.source import CHECKPOINT_FILES, fingerprint
 from quire.engine.models.weights import DummyWeights, SafetensorsWeights
 from quire.engine.request import BLOCK_SIZE
 from quire.engine.runner import memory
 from quire.engine.runner.backend import Backend, CpuBackend, StepLimits, TorchBackend
 from quire.engine.runner.runner import ModelRunner, largest_step
 from quire.kernels.cpu import CpuKernelsUnavailable
+from quire.text.folder import locate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,7 +74,7 @@ def load_model(config: EngineConfig, report: Report) -> LoadedModel:
     line that says what to change.
     """
     report(Startup("resolve", config.model))
-    folder = resolve(config.model, config.revision)
+    folder = locate(config.model, config.revision, CHECKPOINT_FILES)
     model_config = read_config(folder)
     dtype = _dtype(config, model_config)
     device = _device(config)
