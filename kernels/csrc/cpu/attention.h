@@ -8,7 +8,7 @@
 //             | tile 0 | tile 1 | ... | 15  |   tile = one cache block of 16 tokens
 //
 //   per split:  S[row][token] = q . k              16 tokens at a time
-//               m = max over visible tokens, P = exp(scale * (S - m)), l = sum P
+//               m = max over visible tokens, P = exp(scale * S - m), l = sum P
 //               O[row][d] = sum over the split's tiles, in order, of P v
 //   splits merge in order:  M' = max(M, m);  O = O e^(M-M') + o e^(m-M');  L likewise
 //   result      O / L
@@ -59,6 +59,7 @@ template <class Cached>
 struct Split {
   int first_token;  // absolute position of tile 0's first token
   int tiles;
+  bool is_cold;  // read by this item alone, so not in the cache yet
   const Cached* k[kSplitTiles];
   const Cached* v[kSplitTiles];
 };
@@ -160,9 +161,20 @@ void weigh_in_lanes(AttentionScratch<Format>& scratch, int rows,
 
 // ---- softmax --------------------------------------------------------------------------------------
 
+// The exponential of softmax. Where probabilities are rounded to bf16 it is a rough one to the base
+// 2, and scores are scaled by log2 e beforehand.
+template <class Format>
+struct Exponential {
+  static float scale(float scale) { return Format::kPairs ? scale * kLog2E : scale; }
+  static Lanes of(Lanes x) {
+    if constexpr (Format::kPairs) return rough_exp2(x);
+    return exp(x);
+  }
+};
+
 // Turns one row's scores of a split into probabilities; tokens out of sight get exactly 0.
-template <class P>
-Mass softmax_row(const float* scores, P* probs, int tiles, Sight sight, float scale) {
+template <class Format>
+Mass softmax_row(const float* scores, Prob<Format>* probs, int tiles, Sight sight, float scale) {
   const int first = std::min(std::max(sight.begin, 0) / kLanes, tiles);
   const int last = std::max(first, std::min((sight.end + kLanes - 1) / kLanes, tiles));
   const auto in_sight = [&](int tile, Lanes x, float other) {
@@ -183,7 +195,7 @@ Mass softmax_row(const float* scores, P* probs, int tiles, Sight sight, float sc
   Lanes sum_lanes = splat(0.0f);
   for (int tile = first; tile < last; ++tile) {
     const Lanes x = fma(load(scores + tile * kLanes), splat(scale), splat(-mass.max));
-    const Lanes p = in_sight(tile, exp(x), 0.0f);
+    const Lanes p = in_sight(tile, Exponential<Format>::of(x), 0.0f);
     sum_lanes = sum_lanes + p;
     store(probs + tile * kLanes, p);
   }
@@ -192,7 +204,8 @@ Mass softmax_row(const float* scores, P* probs, int tiles, Sight sight, float sc
 }
 
 // Adds a split's part to what the splits before it gave.
-inline void merge(Mass& total, float* out, const Mass& mass, const float* part, int64_t head_dim) {
+template <class Format>
+void merge(Mass& total, float* out, const Mass& mass, const float* part, int64_t head_dim) {
   if (mass.sum == 0.0f) return;
   if (total.sum == 0.0f) {
     std::memcpy(out, part, head_dim * sizeof(float));
@@ -200,8 +213,8 @@ inline void merge(Mass& total, float* out, const Mass& mass, const float* part, 
     return;
   }
   const float max = std::max(total.max, mass.max);
-  const Lanes before = splat(exp_scalar(total.max - max));
-  const Lanes now = splat(exp_scalar(mass.max - max));
+  const Lanes before = Exponential<Format>::of(splat(total.max - max));
+  const Lanes now = Exponential<Format>::of(splat(mass.max - max));
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     // Columns past head_dim exist in both rows; what they hold is not used.
     store(out + d, fma(load(out + d), before, load(part + d) * now));
@@ -259,6 +272,7 @@ class AttentionItem {
   void run(const BestProducts<Format>& products) {
     gather_queries();
     Mass total[kAttentionRows];
+    const float scale = Exponential<Format>::scale(args_.scale);
     const int first = sight(0).begin / kSplitTokens;
     const int last = (sight(rows_ - 1).end - 1) / kSplitTokens;
     for (int index = first; index <= last; ++index) {
@@ -269,12 +283,12 @@ class AttentionItem {
         Sight seen = sight(row);
         seen.begin -= split.first_token;
         seen.end -= split.first_token;
-        mass[row] = softmax_row(scratch_.scores[row], scratch_.probs[row], split.tiles, seen,
-                                args_.scale);
+        mass[row] = softmax_row<Format>(scratch_.scores[row], scratch_.probs[row], split.tiles,
+                                        seen, scale);
       }
       products.weigh(scratch_, rows_, split, hd_);
       for (int row = 0; row < rows_; ++row) {
-        merge(total[row], scratch_.out[row], mass[row], scratch_.part[row], hd_);
+        merge<Format>(total[row], scratch_.out[row], mass[row], scratch_.part[row], hd_);
       }
     }
     write(total);
@@ -305,6 +319,7 @@ class AttentionItem {
     Split<Cached> split;
     split.first_token = begin * kBlockTokens;
     split.tiles = end - begin;
+    split.is_cold = group_.count == 1;
     const int32_t* table = step_.block_table(group_.sequence);
     for (int tile = begin; tile < end; ++tile) {
       const char* k = step_.k_tile(table[tile], kv_head_, args_.shape.layer);

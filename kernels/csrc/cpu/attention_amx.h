@@ -140,11 +140,13 @@ class BestProducts {
  private:
   void score_tiled(AttentionScratch<Format>& scratch, int rows, const Split<BFloat16>& split,
                    int64_t head_dim) const {
-    prefetch_tiles(split.k, std::min(split.tiles, 4), head_dim);
+    if (split.is_cold) prefetch_tiles(split.k, std::min(split.tiles, 4), head_dim);
     in_fours(split.tiles, [&](int64_t tile, auto count) {
-      const int64_t next = std::min<int64_t>(split.tiles - tile - count, 4);
-      prefetch_tiles(split.k + tile + count, next, head_dim);
-      prefetch_tiles(split.v + tile, count, head_dim);
+      if (split.is_cold) {
+        const int64_t next = std::min<int64_t>(split.tiles - tile - count, 4);
+        prefetch_tiles(split.k + tile + count, next, head_dim);
+        prefetch_tiles(split.v + tile, count, head_dim);
+      }
       for (int row = 0; row < rows; row += kTileRows) {
         score_tiles<count>(scratch.query[row], split.k + tile, head_dim, dims_,
                            &scratch.scores[row][tile * kBlockTokens]);

@@ -58,7 +58,13 @@ struct SiluMul {
     const PanelResult result = add_bias(args, panel, low, high);
     const int64_t column = panel * kLanes;
     T* out = row_of<T>(args.out, row) + column;
-    store_some(out, silu(result.low) * result.high, args.n / 2 - column);
+    store_some(out, activate(result.low) * result.high, args.n / 2 - column);
+  }
+
+ private:
+  static Lanes activate(Lanes gate) {
+    if constexpr (sizeof(T) == 2) return rough_silu(gate);
+    return silu(gate);
   }
 };
 

@@ -9,7 +9,9 @@
 // A lone row and the 32nd of a block take k in the same steps of 32, so they get the same bits.
 // Rows are taken in blocks that stay in the L2 cache while a thread's panels stream past them; a
 // panel is reused from L2 by every 32 rows, and while it is, the next one is fetched in even parts:
-// fetching it all at its first use would leave the tiles idle and then the memory.
+// fetching it all at its first use would leave the tiles idle and then the memory. For the same
+// reason the epilogue of one block of rows (SiLU, conversion, ...) runs a row at a time between the
+// multiplications of the next block: the tile unit works on its own while vectors are computed.
 // Included once per instruction set; see simd.h.
 
 #pragma once
@@ -46,29 +48,70 @@ class SpreadPrefetch {
   int64_t done_ = 0;
 };
 
-inline void multiply_16_rows(const BFloat16* in, int64_t stride, const BFloat16* panel, int64_t k,
-                             SpreadPrefetch& ahead) {
+// Results of the block of rows computed last, finished little by little.
+template <class Finish>
+class PendingRows {
+ public:
+  explicit PendingRows(const Finish& finish) : finish_(finish) {}
+
+  // C tile `tile` of the block; all rows of the block before must be finished.
+  float* tile(int tile) { return c_[tile]; }
+
+  // The tiles have been filled, for `rows` rows from `row` on; finish them within `steps` calls.
+  void start(int64_t row, int64_t rows, int64_t panel, int64_t steps) {
+    row_ = row;
+    rows_ = rows;
+    panel_ = panel;
+    next_ = 0;
+    per_step_ = ceil_div(rows, steps);
+  }
+
+  void step() { finish_some(per_step_); }
+  void drain() { finish_some(rows_ - next_); }
+
+ private:
+  void finish_some(int64_t count) {
+    const int64_t end = std::min(next_ + count, rows_);
+    for (; next_ < end; ++next_) {
+      const float* low = c_[next_ / kTileRows * 2] + next_ % kTileRows * kLanes;
+      finish_(row_ + next_, panel_, load(low), load(low + kTileFloats));
+    }
+  }
+
+  const Finish& finish_;
+  int64_t row_ = 0;
+  int64_t rows_ = 0;
+  int64_t panel_ = 0;
+  int64_t next_ = 0;
+  int64_t per_step_ = 0;
+  alignas(64) float c_[4][kTileFloats];
+};
+
+// Sixteen rows of `in` times a panel, into C tiles 0 and 1. `beside()` is called for each 32 k.
+template <class F>
+void multiply_16_rows(const BFloat16* in, int64_t stride, const BFloat16* panel, int64_t k,
+                      const F& beside) {
   _tile_zero(0);
   _tile_zero(1);
   for (int64_t i = 0; i < k; i += kPanel, panel += kPanel * kPanel) {
-    ahead.step();
     _tile_loadd(4, in + i, stride * 2);
     _tile_loadd(6, panel, 64);
     _tile_loadd(7, panel + kTileBytes / 2, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
+    beside();
   }
 }
 
-inline void multiply_32_rows(const BFloat16* in, int64_t stride, const BFloat16* panel, int64_t k,
-                             SpreadPrefetch& ahead) {
+template <class F>
+void multiply_32_rows(const BFloat16* in, int64_t stride, const BFloat16* panel, int64_t k,
+                      const F& beside) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   const BFloat16* lower = in + kTileRows * stride;
   for (int64_t i = 0; i < k; i += kPanel, panel += kPanel * kPanel) {
-    ahead.step();
     _tile_loadd(4, in + i, stride * 2);
     _tile_loadd(6, panel, 64);
     _tile_loadd(7, panel + kTileBytes / 2, 64);
@@ -77,42 +120,41 @@ inline void multiply_32_rows(const BFloat16* in, int64_t stride, const BFloat16*
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    beside();
   }
 }
 
-template <class Finish>
-void finish_rows(const float (&low)[kTileFloats], const float (&high)[kTileFloats], int64_t row,
-                 int64_t rows, int64_t panel, const Finish& finish) {
-  for (int64_t i = 0; i < std::min<int64_t>(rows, kTileRows); ++i) {
-    finish(row + i, panel, load(low + i * kLanes), load(high + i * kLanes));
-  }
-}
-
-// Rows [begin, end) of one panel.
+// Rows [begin, end) of one panel; the last block of them stays pending.
 template <class Finish>
 void amx_panel(const LinearArgs& args, int64_t begin, int64_t end, int64_t panel,
-               const Finish& finish) {
-  alignas(64) float c[4][kTileFloats];
+               PendingRows<Finish>& pending) {
   const int64_t k = round_up(args.k, kPanel);
   const int64_t elements = kPanel * k;
   const auto* weights = static_cast<const BFloat16*>(args.weights) + panel * elements;
-  const int64_t steps = ceil_div(end - begin, 2 * kTileRows) * (k / kPanel);
+  const int64_t block_steps = k / kPanel;
+  const int64_t steps = ceil_div(end - begin, 2 * kTileRows) * block_steps;
   // With one block of rows this is a stream 8 KiB ahead of its use, else the whole next panel.
   const bool streams = end - begin <= 2 * kTileRows;
   SpreadPrefetch ahead(weights + (streams ? kPrefetchBytes / 2 : elements), elements * 2, steps);
+  const auto beside = [&] {
+    ahead.step();
+    pending.step();
+  };
   for (int64_t row = begin; row < end; row += 2 * kTileRows) {
     const BFloat16* in = row_of<BFloat16>(args.in, row);
-    if (end - row <= kTileRows) {
-      multiply_16_rows(in, args.in.stride, weights, k, ahead);
+    const int64_t rows = std::min<int64_t>(2 * kTileRows, end - row);
+    if (rows <= kTileRows) {
+      multiply_16_rows(in, args.in.stride, weights, k, beside);
+      pending.drain();
     } else {
-      multiply_32_rows(in, args.in.stride, weights, k, ahead);
-      _tile_stored(2, c[2], 64);
-      _tile_stored(3, c[3], 64);
-      finish_rows(c[2], c[3], row + kTileRows, end - row - kTileRows, panel, finish);
+      multiply_32_rows(in, args.in.stride, weights, k, beside);
+      pending.drain();
+      _tile_stored(2, pending.tile(2), 64);
+      _tile_stored(3, pending.tile(3), 64);
     }
-    _tile_stored(0, c[0], 64);
-    _tile_stored(1, c[1], 64);
-    finish_rows(c[0], c[1], row, end - row, panel, finish);
+    _tile_stored(0, pending.tile(0), 64);
+    _tile_stored(1, pending.tile(1), 64);
+    pending.start(row, rows, panel, block_steps);
   }
 }
 
@@ -135,10 +177,12 @@ void best_gemm(const LinearArgs& args, int64_t rows, Range items, const Finish& 
     configure_gemm_tiles();
     const int64_t panels = num_panels(args);
     const int64_t block = row_block(args);
+    PendingRows<Finish> pending(finish);
     for (int64_t item = items.begin; item < items.end; ++item) {
       const int64_t row = item / panels * block;
-      amx_panel(args, row, std::min(row + block, rows), item % panels, finish);
+      amx_panel(args, row, std::min(row + block, rows), item % panels, pending);
     }
+    pending.drain();
   } else {
     gemm<Format>(args, rows, items, finish);
   }

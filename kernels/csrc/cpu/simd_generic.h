@@ -22,6 +22,7 @@ inline Lanes operator+(Lanes a, Lanes b) { return {a.v + b.v}; }
 inline Lanes operator-(Lanes a, Lanes b) { return {a.v - b.v}; }
 inline Lanes operator*(Lanes a, Lanes b) { return {a.v * b.v}; }
 inline Lanes operator/(Lanes a, Lanes b) { return {a.v / b.v}; }
+inline Lanes reciprocal(Lanes x) { return splat(1.0f) / x; }
 inline Floats16 select(Ints16 mask, Floats16 yes, Floats16 no) {
   return (Floats16)((mask & (Ints16)yes) | (~mask & (Ints16)no));
 }

@@ -17,11 +17,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Longer than the usual wait for the last items of a phase, shorter than what waking a thread costs.
-// Spinning longer, or yielding, takes the core from the very thread that is waited for when the
-// machine is shared: beside two busy processes on two cores, 64 short phases took 1.2 ms on average
-// this way, 2-8 ms with 2 ms of yielding before the sleep and 9-27 ms with 200 us of spinning.
-constexpr auto kSpin = std::chrono::microseconds(20);
+// Longer than the usual wait for the last items of a phase or for the next step, so that a thread
+// rarely pays for being woken: tens of microseconds idle, a time slice where another process has
+// taken its core meanwhile. Short enough to cost an idle engine nothing. Yielding instead of
+// sleeping hands the core over for a whole slice each time.
+constexpr auto kSpin = std::chrono::microseconds(100);
 constexpr int kPausesPerClockRead = 16;
 
 void pause() {

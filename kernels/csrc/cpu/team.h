@@ -1,11 +1,11 @@
 // Thread team: the engine's own threads, kept inside one job from its first operation to its last.
 //
 //   caller               worker 1 .. N-1
-//   run(phases, job) --> wake (spinning, or asleep when idle for longer than ~20 us)
+//   run(phases, job) --> wake (spinning, or asleep when idle for longer than ~100 us)
 //   phase 0: items       phase 0: items        each thread claims items until none are left,
 //   phase 1: items       phase 1: items        then waits until all of the phase are done
 //   ...                  ...
-//   returns              leave, spin ~20 us, then sleep: an idle engine uses no CPU
+//   returns              leave, spin ~100 us, then sleep: an idle engine uses no CPU
 //
 // What is waited for is work, not threads: a thread that the system has put aside, or that is still
 // waking up, holds nobody up unless it is inside an item. On a machine that other processes share

@@ -32,7 +32,11 @@ constexpr int kTileRows = 16;
 constexpr int kTileFloats = kTileRows * 16;
 constexpr int kTileBytes = 1024;
 
-inline void configure(const TileConfig& config) { _tile_loadconfig(&config); }
+inline void configure(const TileConfig& config) {
+  // GCC's intrinsic says that it reads 8 bytes; without this the other stores are dropped as dead.
+  asm volatile("" : : "m"(config));
+  _tile_loadconfig(&config);
+}
 
 }  // namespace
 }  // namespace quire
