@@ -10,7 +10,6 @@ caller's thread; a worker gives it a thread of its own (`loop.py`).
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 from quire.api import block_hash
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from quire.engine.output import ChoiceOutput
     from quire.engine.runner.load import LoadedModel, Report
 
-RATE_WINDOW_S = 10.0
-"""Seconds over which the prefill rate is measured, for Retry-After."""
 RETRY_BOUNDS_S = (1.0, 30.0)
 
 
@@ -52,7 +49,6 @@ class Engine:
             ),
         )
         self.pace = Pace()
-        self._rate: deque[tuple[float, int]] = deque()
 
     @classmethod
     def load(cls, config: EngineConfig, report: Report) -> Engine:
@@ -83,19 +79,20 @@ class Engine:
             order=(priority, time.monotonic()),
         )
         root = block_hash.root(self.model.fingerprint, salt=request.cache_salt)
-        if any(request.emitted):
-            sequences = [
-                Sequence(state, i, prompt + emitted, root)
-                for i, emitted in enumerate(request.emitted)
-            ]
+        if request.resumed:
+            resumed = sorted(request.resumed.items())
+            sequences = [Sequence(state, i, prompt + tokens, root) for i, tokens in resumed]
         else:
             sequences = [Sequence(state, 0, list(prompt), root)]
             sequences[0].num_forks = params.n - 1
         self.scheduler.add(state, sequences)
+        if request.is_exported:
+            self.scheduler.exports.open(request.request_id)
 
-    def abort(self, request_id: str) -> list[ChoiceOutput]:
-        """End a request wherever it is. Unknown ids are ignored: it may just have finished."""
-        return self.scheduler.finish_request(request_id, FinishReason.ABORT)
+    def abort(self, request_id: str, choice: int | None = None) -> list[ChoiceOutput]:
+        """End a request, or one choice of it, wherever it is. Unknown ones are ignored: they may
+        just have finished."""
+        return self.scheduler.finish_request(request_id, FinishReason.ABORT, choice)
 
     def step(self) -> list[ChoiceOutput]:
         """Run one step; what it gave to whom. Empty when there was nothing to do."""
@@ -106,7 +103,6 @@ class Engine:
             return outputs
         result = self.runner.execute(scheduled.plan)
         outputs += self.scheduler.update(scheduled, result)
-        self._note_rate(scheduled.plan.num_tokens)
         self.pace.note_step([c.num_tokens for c in scheduled.chunks], time.monotonic() - now)
         return outputs
 
@@ -127,7 +123,7 @@ class Engine:
             message = f"The prompt names a token outside the vocabulary of {vocab_size}."
             raise ApiError("integer_above_max_value", message, "prompt")
         check_token_ids(params, vocab_size)
-        longest = max((len(tokens) for tokens in request.emitted), default=0)
+        longest = max((len(tokens) for tokens in request.resumed.values()), default=0)
         if len(prompt) + longest >= limit:
             message = (
                 f"This model's maximum context length is {limit} tokens. However, your request "
@@ -139,8 +135,8 @@ class Engine:
             raise ApiError("integer_above_max_value", message, "n")
         if self.scheduler.has_request(request.request_id):
             raise ApiError("invalid_value", "A request with this id is running.", "request_id")
-        if request.emitted and len(request.emitted) != params.n:
-            raise ApiError("invalid_value", "'emitted' must have one entry per choice.", "emitted")
+        if any(not 0 <= choice < params.n for choice in request.resumed):
+            raise ApiError("invalid_value", "'resumed' names a choice beyond 'n'.", "resumed")
 
     def _check_queue(self, request: EngineRequest) -> None:
         waiting = self.scheduler.waiting
@@ -150,17 +146,8 @@ class Engine:
             message = "The server is overloaded. Please retry."
             raise ApiError("overloaded", message, retry_after_s=self._retry_after())
 
-    def _note_rate(self, num_tokens: int) -> None:
-        now = time.monotonic()
-        self._rate.append((now, num_tokens))
-        while self._rate[0][0] < now - RATE_WINDOW_S:
-            self._rate.popleft()
-
     def _retry_after(self) -> float:
         """Seconds until half of the queue is worked off at the measured rate."""
         low, high = RETRY_BOUNDS_S
-        if not self._rate:
-            return low
-        elapsed = max(time.monotonic() - self._rate[0][0], 0.1)
-        rate = sum(count for _, count in self._rate) / elapsed
-        return min(max(self.scheduler.waiting.num_tokens / 2 / max(rate, 1.0), low), high)
+        rate = self.pace.rates().prefill_tokens_per_s
+        return min(max(self.scheduler.waiting.num_tokens / 2 / rate, low), high) if rate else low

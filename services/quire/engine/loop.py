@@ -96,9 +96,9 @@ class EngineLoop:
         """Queue a request; the sink hears of it. Any thread."""
         self._inbox.put(lambda: self._add(request))
 
-    def abort(self, request_id: str) -> None:
-        """End a request; its choices end with reason "abort". Any thread."""
-        self._inbox.put(lambda: self._deliver(self.engine.abort(request_id), 0, 0.0))
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a request, or one choice of it, with reason "abort". Any thread."""
+        self._inbox.put(lambda: self._deliver(self.engine.abort(request_id, choice), 0, 0.0))
 
     def call(self, function: Callable[[Engine], None]) -> None:
         """Run a function on the engine thread between two steps. Any thread."""
@@ -159,7 +159,7 @@ class EngineLoop:
         blocks = self.engine.pool.counts()
         return EngineState(
             steps=scheduler.counters.steps,
-            running=len(scheduler.running),
+            running=len(scheduler.running.sequences),
             waiting=scheduler.waiting.num_sequences,
             queued_tokens=scheduler.waiting.num_tokens,
             prefill_tokens=scheduler.prefill_tokens,

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 from quire.api import block_hash
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quire.api.sampling import SamplingParams
     from quire.engine.output import TokenLogprob
 
@@ -52,8 +54,13 @@ class EngineRequest:
     """time.monotonic() after which the answer is of no use."""
     cache_salt: bytes = b""
     """Tenant's salt: seeds the block hashes, so that prefixes are shared within a tenant only."""
-    emitted: list[list[int]] = field(default_factory=list)
-    """Tokens that earlier attempts produced, per choice; the answer goes on behind them."""
+    resumed: dict[int, list[int]] = field(default_factory=dict)
+    """Choices to go on with and the tokens that earlier attempts gave them; empty at first. Choices
+    not listed have ended."""
+    remote_fence: Callable[[], None] | None = None
+    """Given when another pod computes the prompt: stops its writes into this engine's blocks."""
+    is_exported: bool = False
+    """The prompt's blocks are for another pod: report them, and hold them until released."""
 
 
 @dataclass(eq=False)

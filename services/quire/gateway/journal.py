@@ -32,9 +32,8 @@ class Journal:
         """As first sent."""
         self.attempt = submit.attempt
         """Raised by the gateway alone, at each resubmission."""
-        self.emitted: list[list[int]] = [list(entry.ids) for entry in submit.emitted]
+        self.emitted: list[list[int]] = [[] for _ in range(submit.sampling.n)]
         """Token ids of each choice."""
-        self.emitted += [[] for _ in range(submit.sampling.n - len(self.emitted))]
 
     def judge(self, output: ChoiceOutput) -> Verdict:
         """Whether `output` is what comes next."""

@@ -44,7 +44,7 @@ def request_from(submit: worker_pb2.Submit, request_id: str) -> EngineRequest:
         priority=submit.priority,
         deadline=deadline,
         cache_salt=submit.cache_salt,
-        emitted=[list(entry.ids) for entry in submit.emitted],
+        resumed={entry.choice: list(entry.token_ids) for entry in submit.resumed},
     )
 
 

@@ -156,7 +156,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 if message.WhichOneof("message") == "submit":
                     self._submit(session, message.submit)
                 elif (request_id := session.engine_id(message.abort.request)) is not None:
-                    self._abort(request_id)
+                    choice = message.abort.choice if message.abort.HasField("choice") else None
+                    self._abort(request_id, choice)
         finally:
             session.close()
 
@@ -173,9 +174,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         else:
             self._loop.submit(request)
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, choice: int | None) -> None:
         if self._loop is not None:
-            self._loop.abort(request_id)
+            self._loop.abort(request_id, choice)
 
     # ---- Watch
 

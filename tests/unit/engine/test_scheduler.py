@@ -148,7 +148,7 @@ def test_a_resumed_request_goes_on_at_the_same_position() -> None:
     whole = [expected_output(engine, request, c) for c in range(2)]
     resumed = make_request(
         "a", [4] * 20, n=2, max_tokens=12, ignore_eos=True,
-        extra={"emitted": [whole[0][:5], whole[1][:7]]},
+        extra={"resumed": {0: whole[0][:5], 1: whole[1][:7]}},
     )  # fmt: skip
     engine.add_request(resumed)
     outputs = []
@@ -158,6 +158,37 @@ def test_a_resumed_request_goes_on_at_the_same_position() -> None:
         mine = [o for o in outputs if o.choice == choice]
         assert [o.position for o in mine] == list(range(start, 12))
         assert [t for o in mine for t in o.token_ids] == whole[choice][start:]
+
+
+def test_one_choice_can_be_ended_alone() -> None:
+    engine = make_engine()
+    request = make_request("a", [4] * 20, n=3, max_tokens=12, ignore_eos=True)
+    engine.add_request(request)
+    collector = Collector()
+    for _ in range(4):
+        collector.take(engine.step())
+    collector.take(engine.abort("a", 1))
+    run(engine, collector)
+    assert collector.ended == {("a", 0): "length", ("a", 1): "abort", ("a", 2): "length"}
+    assert collector.tokens["a", 2] == expected_output(engine, request, 2)
+    assert_nothing_held(engine)
+
+
+def test_a_resumed_request_runs_only_the_choices_that_are_left() -> None:
+    engine = make_engine()
+    request = make_request("a", [4] * 20, n=3, max_tokens=8, ignore_eos=True)
+    want = expected_output(engine, request, 2)
+    again = make_request(
+        "a", [4] * 20, n=3, max_tokens=8, ignore_eos=True, extra={"resumed": {2: want[:3]}}
+    )
+    engine.add_request(again)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert {o.choice for o in outputs} == {2}
+    assert [t for o in outputs for t in o.token_ids] == want[3:]
+    assert outputs[-1].last_of_request
+    assert_nothing_held(engine)
 
 
 def test_min_tokens_keeps_a_choice_going_past_a_stop() -> None:
@@ -208,7 +239,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back(options, refused) -> No
         (make_request("x", [1], stop_token_ids=[50]), "stop_token_ids"),
         (make_request("x", [1], logit_bias={50: 1.0}), "logit_bias"),
         (make_request("x", [1], allowed_token_ids=[99]), "allowed_token_ids"),
-        (make_request("x", [1], extra={"emitted": [[1], [2]]}), "emitted"),
+        (make_request("x", [1], extra={"resumed": {1: [2]}}), "resumed"),
     ],
 )
 def test_a_request_that_can_never_be_served_is_refused_by_name(request_, param) -> None:
@@ -270,7 +301,7 @@ def test_waste_stays_below_four_percent_of_the_blocks_in_use() -> None:
     wasted = used = 0
     while engine.has_work:
         engine.step()
-        for seq in engine.scheduler.running:
+        for seq in engine.scheduler.running.sequences:
             used += len(seq.block_table) * 16
             wasted += len(seq.block_table) * 16 - seq.num_computed
             assert len(seq.block_table) * 16 - seq.num_computed < 16

@@ -22,15 +22,17 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quire.engine.kv.pool import NoBlocksLeft
 from quire.engine.output import Admission, ChoiceOutput
 from quire.engine.request import BLOCK_SIZE, FinishReason, RequestState, Sequence
 from quire.engine.scheduler.batch import Chunk, ScheduledStep, Seats, prompt_logprob_positions
 from quire.engine.scheduler.logprobs import add_logprobs, take_prompt_logprobs
 from quire.engine.scheduler.queue import WaitingQueue
+from quire.engine.scheduler.remote import BlocksReady, Exports, PrefillNeeded, RemotePrefills
+from quire.engine.scheduler.running import Running
 
 if TYPE_CHECKING:
     from quire.engine.kv.pool import BlockPool
+    from quire.engine.output import TokenLogprob
     from quire.engine.scheduler.plan import StepResult
 
 
@@ -46,6 +48,14 @@ class SchedulerLimits:
     vocab_size: int
     watermark_blocks: int = 0
     """Blocks that admission leaves available for the running sequences to grow into."""
+
+
+@dataclass(frozen=True)
+class DrawnToken:
+    """A first token that another pod drew."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
 
 
 @dataclass
@@ -69,14 +79,18 @@ class Scheduler:
         self.pool = pool
         self.limits = limits
         self.waiting = WaitingQueue()
-        self.running: list[Sequence] = []
+        max_blocks = -(-limits.max_model_len // BLOCK_SIZE)
+        seats = Seats(limits.max_num_seqs, max_blocks, limits.vocab_size)
+        self.running = Running(pool, seats)
+        self.remote = RemotePrefills(self.running)
+        self.exports = Exports(pool)
         self.counters = SchedulerCounters()
+        self.prefill_needed: list[PrefillNeeded] = []
+        """Admitted since last looked at: prompts that wait for another pod."""
+        self.blocks_ready: list[BlocksReady] = []
+        """Computed since last looked at: blocks that another pod waits for."""
         self._requests: dict[str, list[Sequence]] = {}
         self._with_deadline: set[str] = set()
-        max_blocks = -(-limits.max_model_len // BLOCK_SIZE)
-        self._seats = Seats(limits.max_num_seqs, max_blocks, limits.vocab_size)
-        self._reserved_seats = 0
-        self._copies: list[tuple[int, int]] = []
 
     # ---- requests in and out
 
@@ -90,17 +104,24 @@ class Scheduler:
         for seq in sequences:
             self.waiting.push(seq)
 
-    def finish_request(self, request_id: str, reason: FinishReason) -> list[ChoiceOutput]:
-        """End a request now, wherever it is; every block is released. Unknown ids are ignored."""
+    def finish_request(
+        self, request_id: str, reason: FinishReason, choice: int | None = None
+    ) -> list[ChoiceOutput]:
+        """End a request, or one choice of it, wherever it is; what it holds is released.
+
+        Unknown ids are ignored, as is one choice of a request that has not forked yet.
+        """
         outputs: list[ChoiceOutput] = []
         for seq in list(self._requests.get(request_id, ())):
+            if choice is not None and (seq.choice != choice or seq.num_forks):
+                continue
             position = seq.num_output
             outputs.extend(
-                ChoiceOutput(request_id, choice, position, [], finish_reason=reason)
-                for choice in (seq.choice, *range(1, 1 + seq.num_forks))
+                ChoiceOutput(request_id, ended, position, [], finish_reason=reason)
+                for ended in (seq.choice, *range(1, 1 + seq.num_forks))
             )
             self._finish(seq)
-        if outputs:
+        if outputs and request_id not in self._requests:
             outputs[-1].last_of_request = True
         return outputs
 
@@ -111,13 +132,14 @@ class Scheduler:
     @property
     def prefill_tokens(self) -> int:
         """Prompt tokens not yet computed, of waiting and running sequences."""
-        running = sum(s.num_tokens - s.num_computed for s in self.running if s.is_prefill)
+        prefills = (s for s in self.running.sequences if s.is_prefill)
+        running = sum(s.num_tokens - s.num_computed for s in prefills)
         return self.waiting.num_tokens + running
 
     @property
     def has_work(self) -> bool:
         """A step would compute something."""
-        return bool(self.running) or self.waiting.num_sequences > 0
+        return bool(self.running.sequences) or self.waiting.num_sequences > 0
 
     @property
     def request_ids(self) -> list[str]:
@@ -137,32 +159,31 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Choose the next step's tokens and take their blocks; None when there is nothing to do."""
-        self._copies = []
+        self.running.copies = []
         preemptions = self.counters.preemptions
         chunks: dict[Sequence, Chunk] = {}
         budget = self._schedule_decodes(chunks)
         rows = self.limits.max_logit_rows - len(chunks)
-        for seq in [s for s in self.running if s not in chunks]:
+        for seq in [s for s in self.running.sequences if s not in chunks]:
             if budget <= 0:
                 break
-            if seq.seat < 0:
-                continue  # preempted meanwhile
             budget, rows = self._schedule_chunk(seq, chunks, budget, rows)
         if self.counters.preemptions == preemptions:
-            while budget > 0 and (new := self.waiting.peek()) is not None and self._admit(new):
-                budget, rows = self._schedule_chunk(new, chunks, budget, rows)
+            while budget > 0 and (new := self._admit()) is not None:
+                if new in self.running.sequences:
+                    budget, rows = self._schedule_chunk(new, chunks, budget, rows)
         if not chunks:
             return None
         step = self.counters.steps
-        return self._seats.build(step, list(chunks.values()), self._copies)
+        return self.running.seats.build(step, list(chunks.values()), self.running.copies)
 
     def _schedule_decodes(self, chunks: dict[Sequence, Chunk]) -> int:
         """Give every running sequence that lacks one token that token; returns the budget left."""
-        for seq in list(self.running):
+        for seq in list(self.running.sequences):
             if seq.seat < 0 or seq.is_prefill:
                 continue
-            while not self._grow(seq, seq.num_tokens):
-                victim = max(self.running, key=_age)
+            while not self.running.grow(seq, seq.num_tokens):
+                victim = max(self.running.sequences, key=_age)
                 self._preempt(victim)
                 chunks.pop(victim, None)
                 if victim is seq:
@@ -175,7 +196,7 @@ class Scheduler:
         self, seq: Sequence, chunks: dict[Sequence, Chunk], budget: int, rows: int
     ) -> tuple[int, int]:
         """Give a prefilling sequence a chunk; returns the budget and the logit rows left."""
-        self._skip_cached(seq)
+        self._count_cached(seq, self.running.skip_cached(seq))
         missing = seq.num_tokens - seq.num_computed
         count = min(missing, budget)
         wanted = prompt_logprob_positions(seq, seq.num_computed, seq.num_computed + count)
@@ -184,7 +205,7 @@ class Scheduler:
         if count < missing and count >= BLOCK_SIZE:
             # End on a block boundary, so that others' cached blocks can be used from there on.
             count -= (seq.num_computed + count) % BLOCK_SIZE
-        if count <= 0 or not self._grow(seq, seq.num_computed + count):
+        if count <= 0 or not self.running.grow(seq, seq.num_computed + count):
             return budget, rows
         chunks[seq] = Chunk(seq, seq.num_computed, count)
         end = seq.num_computed + count
@@ -198,7 +219,10 @@ class Scheduler:
         for seq, start, count in scheduled.chunks:
             self.counters.computed_tokens += count
             seq.num_computed = start + count
-            self._register_blocks(seq)
+            self.running.register_blocks(seq)
+            if seq.state.request.request_id in self.exports:
+                ready = self.exports.note(seq)
+                self.blocks_ready += [ready] if ready is not None else []
         take_prompt_logprobs(scheduled, result)
         # Fork before any token is appended: all choices start from the prompt.
         drawn = [
@@ -209,6 +233,21 @@ class Scheduler:
         outputs = [self._append(seq, t, now) for seq, t in zip(drawn, tokens, strict=True)]
         add_logprobs(outputs, scheduled, result)
         return self._fail_invalid(outputs, result) if result.invalid.any() else outputs
+
+    def complete_remote(self, request_id: str, drawn: list[DrawnToken]) -> list[ChoiceOutput]:
+        """The prompt's blocks are all in place, and its first tokens were drawn elsewhere, one per
+        choice: the request goes on from there. Unknown ids are ignored."""
+        seq = self.remote.complete(request_id)
+        if seq is None:
+            return []
+        now = time.monotonic()
+        forks = [self._fork(seq, choice) for choice in range(1, 1 + seq.num_forks)]
+        outputs = []
+        for choice, token in zip([seq, *forks], drawn, strict=True):
+            output = self._append(choice, token.token_id, now)
+            output.logprobs += [] if token.logprob is None else [token.logprob]
+            outputs.append(output)
+        return outputs
 
     def _fail_invalid(self, outputs: list[ChoiceOutput], result: StepResult) -> list[ChoiceOutput]:
         """End the requests of draws that had no finite logit; the others of the step go on."""
@@ -222,132 +261,42 @@ class Scheduler:
 
     # ---- parts of a step
 
-    def _admit(self, seq: Sequence) -> bool:
+    def _admit(self) -> Sequence | None:
         """Start the next waiting sequence, if seats and blocks for all its tokens are there."""
-        seats = len(self.running) + self._reserved_seats + 1 + seq.num_forks
-        if seats > self.limits.max_num_seqs:
-            return False
-        found = self._cached_prefix(seq, 0)
-        self.pool.acquire(found)
-        needed = -(-seq.num_tokens // BLOCK_SIZE) - len(found)
-        watermark = self.limits.watermark_blocks if self.running else 0
-        if needed + watermark > self.pool.num_available:
-            self.pool.release(found)
-            return False
-        self.pool.promised += needed
-        seq.num_promised = needed
+        seq = self.waiting.peek()
+        watermark = self.limits.watermark_blocks if self.running.sequences else 0
+        if seq is None or not self.running.admit(seq, watermark):
+            return None
         self.waiting.pop()
-        self._start(seq, found)
-        self._reserved_seats += seq.num_forks
-        return True
-
-    def _start(self, seq: Sequence, found: list[int]) -> None:
-        """A sequence starts running on the cached blocks of its prefix."""
-        seq.block_table = found
-        seq.num_computed = len(found) * BLOCK_SIZE
-        seq.num_registered = len(found)
-        self._seats.take(seq)
-        self.running.append(seq)
         self.counters.cache_queries += seq.num_tokens
-        self.counters.cache_hits += seq.num_computed
         state = seq.state
         if state.first_scheduled is None:
             state.first_scheduled = time.monotonic()
-            state.num_cached_tokens = min(seq.num_computed, seq.num_prompt)
             self.counters.prompt_tokens += seq.num_prompt
+        self._count_cached(seq, seq.num_computed)
+        fence = state.request.remote_fence
+        if fence is not None and seq.num_output == 0:
+            self.prefill_needed.append(self.remote.open(seq, fence))
+        else:
+            self.running.sequences.append(seq)
+        return seq
 
-    def _cached_prefix(self, seq: Sequence, start_block: int) -> list[int]:
-        """Cached blocks that continue the sequence from block `start_block` on. Never the block
-        of the last token: its logits are needed, so it has to be computed."""
-        if not self.pool.caching or seq.state.request.params.prompt_logprobs is not None:
-            return []
-        last = (seq.num_tokens - 1) // BLOCK_SIZE
-        return self.pool.match(seq.block_hashes[start_block:last])
-
-    def _skip_cached(self, seq: Sequence) -> None:
-        """Take blocks that another sequence has computed since this one was admitted."""
-        if seq.num_computed % BLOCK_SIZE:
-            return
-        found = self._cached_prefix(seq, len(seq.block_table))
-        if not found:
-            return
-        self.pool.acquire(found)
-        promised = min(seq.num_promised, len(found))
-        seq.num_promised -= promised
-        self.pool.promised -= promised
-        start = len(seq.block_table)
-        seq.block_table += found
-        seq.num_computed += len(found) * BLOCK_SIZE
-        seq.num_registered = len(seq.block_table)
-        self._seats.write_blocks(seq, start)
-        self.counters.cache_hits += len(found) * BLOCK_SIZE
+    def _count_cached(self, seq: Sequence, num_tokens: int) -> None:
+        """Tokens of a sequence were found in the prefix cache."""
+        self.counters.cache_hits += num_tokens
         if seq.state.first_token is None:
-            cached = seq.state.num_cached_tokens + len(found) * BLOCK_SIZE
+            cached = seq.state.num_cached_tokens + num_tokens
             seq.state.num_cached_tokens = min(cached, seq.num_prompt)
-
-    def _grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Hold writable blocks for tokens [num_computed, num_tokens); False when none are left."""
-        table = seq.block_table
-        missing = -(-num_tokens // BLOCK_SIZE) - len(table)
-        block, offset = divmod(seq.num_computed, BLOCK_SIZE)
-        shared = offset and self.pool.ref_count(table[block]) > 1
-        if missing <= 0 and not shared:
-            return True
-        start = len(table)
-        try:
-            promised = min(seq.num_promised, max(missing, 0))
-            fresh = self.pool.allocate(max(missing, 0) + bool(shared), promised=promised)
-        except NoBlocksLeft:
-            return False
-        seq.num_promised -= promised
-        if shared:  # copy-on-write: the writer gets its own copy of the partly filled block
-            copy = fresh.pop()
-            self._copies.append((table[block], copy))
-            self.pool.release((table[block],))
-            table[block] = copy
-            start = block
-        table += fresh
-        self._seats.write_blocks(seq, start)
-        return True
 
     def _preempt(self, seq: Sequence) -> None:
         """Release everything a running sequence holds and let it wait, to be recomputed."""
         self.counters.preemptions += 1
-        if self._copies:
-            self._copies = [c for c in self._copies if c[1] not in seq.block_table]
-        self._stop_running(seq)
+        self.running.stop(seq)
         self.waiting.push(seq)
 
-    def _stop_running(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self._seats.leave(seq)
-        self._reserved_seats -= seq.num_forks
-        self.pool.release(seq.block_table)
-        self.pool.promised -= seq.num_promised
-        seq.block_table = []
-        seq.num_promised = seq.num_computed = seq.num_registered = 0
-
-    def _register_blocks(self, seq: Sequence) -> None:
-        """Make newly filled blocks findable; content that two sequences computed is kept once."""
-        for i in range(seq.num_registered, seq.num_computed // BLOCK_SIZE):
-            parent = seq.block_hashes[i - 1] if i else seq.hash_root
-            mine = seq.block_table[i]
-            known = self.pool.register(mine, seq.block_hashes[i], parent)
-            if known != mine:
-                self.pool.adopt(mine, known)
-                seq.block_table[i] = known
-                self._seats.write_blocks(seq, i)
-            seq.num_registered = i + 1
-
     def _fork(self, parent: Sequence, choice: int) -> Sequence:
-        """A further choice of a request whose prompt is computed: shares every block."""
-        child = parent.fork(choice)
-        self.pool.acquire(child.block_table)
-        parent.num_forks -= 1
-        self._reserved_seats -= 1
+        child = self.running.fork(parent, choice)
         self._requests[parent.state.request.request_id].append(child)
-        self._seats.take(child)
-        self.running.append(child)
         return child
 
     def _append(self, seq: Sequence, token: int, now: float) -> ChoiceOutput:
@@ -383,7 +332,8 @@ class Scheduler:
         """The sequence ends: its blocks go back, the request is forgotten with its last choice."""
         seq.finished = True
         if seq.seat >= 0:
-            self._stop_running(seq)
+            self.remote.end(seq.state.request.request_id)
+            self.running.stop(seq)
         else:
             self.waiting.discard(seq)
         request_id = seq.state.request.request_id
