@@ -136,6 +136,6 @@ def assert_nothing_held(engine: Engine) -> None:
     assert counts.promised == 0
     scheduler = engine.scheduler
     assert scheduler.waiting.num_tokens == 0
-    assert scheduler._reserved_seats == 0
-    assert sorted(scheduler._seats.free) == list(range(engine.config.max_num_seqs))
+    assert scheduler.running.reserved_seats == 0
+    assert sorted(scheduler.running.seats.free) == list(range(engine.config.max_num_seqs))
     assert not scheduler.request_ids
