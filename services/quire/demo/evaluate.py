@@ -36,14 +36,12 @@ if TYPE_CHECKING:
 EVAL_WINDOW = 1024
 PROMPTS = (
     "import os\n\ndef ",
-    "def fibonacci(n):\n",
-    "class Stack:\n    def __init__(self):\n",
-    'if __name__ == "__main__":\n',
+    'def read_lines(path):\n    """Return the lines of a file."""\n',
+    "class QueueTest(unittest.TestCase):\n    def test_",
 )
 QUESTIONS = (
     "Write a Python function `is_empty(self)`. Return True if the queue is empty.",
     "What is the `json` module?",
-    "Hello",
 )
 
 

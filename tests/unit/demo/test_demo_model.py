@@ -136,7 +136,7 @@ def test_held_out_loss_is_far_below_the_best_unigram(shipped):
 
 
 def test_greedy_completion_is_no_endless_repetition(shipped):
-    text = greedy(shipped, BOS + "import os\n\ndef ")
+    text = greedy(shipped, BOS + "import os\n\ndef")
     assert "(" in text and ":" in text
     lines = [line for line in text.splitlines() if line.strip()]
     assert len(lines) >= 2
