@@ -21,6 +21,16 @@ try:
 except cpu.CpuKernelsUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_torch_thread():
+    """The truths are small: more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCKS = 40
 
