@@ -17,7 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CompileError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 
 # Through the link: a checkout or archive that lost it must not build a package without kernels.
 SOURCES = Path("services/quire/kernels/csrc/cpu")
@@ -59,6 +59,9 @@ results then depend on which requests share a batch. To get the kernels, install
 """
 
 
+BUILD_ERRORS = (BaseError, CCompilerError, OSError)
+
+
 def isa_of(source: Path) -> str | None:
     """The instruction set a source's name ends in, the longest that matches."""
     names = [isa for isa in X86_FLAGS if source.stem.endswith(f"_{isa}")]
@@ -72,7 +75,7 @@ class BuildKernels(build_ext):
         """Build, or say clearly what is lost and go on."""
         try:
             super().run()
-        except (BaseError, OSError) as error:
+        except BUILD_ERRORS as error:
             if os.environ.get("QUIRE_REQUIRE_CPU_KERNELS"):
                 raise
             sys.stderr.write(WITHOUT_LIBRARY.format(reason=error))
@@ -119,7 +122,7 @@ class BuildKernels(build_ext):
             self.compiler.compile(
                 [str(probe)], output_dir=self.build_temp, extra_postargs=["-std=c++17", *flags]
             )
-        except BaseError:
+        except BUILD_ERRORS:
             return False
         return True
 
