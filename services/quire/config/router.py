@@ -1,0 +1,57 @@
+"""Options of the router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.config.base import check_fields
+from quire.config.option import option
+
+POLICY_NAMES = ("cost", "prefix", "least_load", "power_of_two", "round_robin", "session")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How pods are chosen. Validated at construction.
+
+    Rates (prompt tokens per second, token latency, transfer speed) are no options: pods measure
+    and report them.
+    """
+
+    routing_policy: str = option("cost", "router", choices=POLICY_NAMES)
+    """How a pod is chosen: cost (least expected time to first token and harm to others), prefix,
+    least_load, power_of_two, round_robin or session."""
+    stall_price: float = option(0.02, "router")
+    """Seconds of time to first token that a second's delay of one running stream is worth."""
+    evict_price: float = option(0.1, "router")
+    """How likely an evicted block would have been used again, 0 to 1."""
+    tie_s: float = option(0.001, "router")
+    """Pods whose costs differ by less, in seconds, are equal: one is taken at random."""
+    prefill_chunk_tokens: int = option(512, "router")
+    """Prompt tokens that a prefill pod computes, then pushes, at once."""
+    prefill_round_trip_s: float = option(0.002, "router")
+    """Seconds for asking a prefill pod and hearing of it."""
+    min_remote_prefill_tokens: int = option(64, "router")
+    """Uncached prompt tokens below which a prompt is never prefilled on another pod."""
+    in_flight_ttl_s: float = option(2.0, "router")
+    """Seconds for which a prompt counts as cached where it was sent, without the pod's word."""
+    stale_after_s: float = option(2.0, "router")
+    """Seconds of silence after which a pod is suspected and its cache counts as unknown."""
+    max_decisions: int = option(4096, "router")
+    """Latest decisions kept to be explained."""
+    routing_seed: int | None = option(None, "router")
+    """Seed for breaking ties, to repeat a run; random by default."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("stall_price", "tie_s", "prefill_round_trip_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.evict_price <= 1:
+            raise ValueError(f"evict_price must be in [0, 1], not {self.evict_price}")
+        for name in ("in_flight_ttl_s", "stale_after_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("prefill_chunk_tokens", "max_decisions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

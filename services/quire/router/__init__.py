@@ -1,0 +1,1 @@
+"""Which pod should decode a request, and whether another one should prefill it."""

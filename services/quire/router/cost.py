@@ -1,0 +1,138 @@
+"""What a placement costs, in seconds. Pure functions over a snapshot; the only place with formulas.
+
+    L   prompt tokens                       hit(X)   leading tokens that pod X holds
+    d   decode pod, p prefill pod           rate(X)  prompt tokens per second, measured by the pod
+
+    local(d)     = wait(d) + (L - hit(d)) / rate(d)
+    remote(p, d) = wait(p) + (L - hit(p)) / rate(p) + exposed(p, d) + round trip
+    exposed      = last chunk's transfer + what of the transfer does not fit beside the prefill
+
+    cost(d)      = min(local + harm(d), remote + harm(p)) + decode(d) + memory(d)
+
+`harm` is what a prefill takes from the streams that already decode on the pod that does it;
+`decode` is what the answer's tokens cost, the request's own and the slowing of its neighbours;
+`memory` is waiting for blocks that are not there, and losing prefixes that have to go.
+
+The prefill pod needs all the keys and values in front of what it computes, so its own hit counts;
+the decode pod's hit saves transfer alone. The published formula with max(hit(p), hit(d)) holds only
+where prefill pods can read a decode pod's blocks.
+
+Everything is in seconds of time to first token, so that no term needs a weight to be comparable;
+the two prices below say what a second of something else is worth in them. A prefix hit ranked above
+load collapses onto one pod as soon as all prompts begin alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from quire.router.endpoints import Endpoints, Floats
+    from quire.router.query import RouteQuery
+
+MIN_WEIGHT = 1e-3
+"""Role weights below it count as it: a division."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """What is worth how much, and the constants of a transfer."""
+
+    stall: float = 0.02
+    """A second by which one running stream's next tokens are late."""
+    evict: float = 0.1
+    """Recomputing a block that has to be evicted: how likely it is to be asked for again."""
+    chunk_tokens: int = 512
+    """Prompt tokens that a prefill pod computes, then pushes, at once."""
+    round_trip_s: float = 0.002
+    """Asking the prefill pod and hearing of it."""
+
+
+def uncached(query: RouteQuery, pods: Endpoints) -> Floats:
+    """Prompt tokens that each pod would have to compute."""
+    return query.prompt_len - pods.cached_tokens
+
+
+def local_ttft(query: RouteQuery, pods: Endpoints) -> Floats:
+    """Expected time to the first token when the decode pod prefills."""
+    return pods.wait_s + uncached(query, pods) / pods.prefill_tokens_per_s + seat_wait(query, pods)
+
+
+def seat_wait(query: RouteQuery, pods: Endpoints) -> Floats:
+    """Waiting for a place in a full batch: streams end one after the other."""
+    excess = np.maximum(pods.running + 1 - pods.max_seqs, 0.0)
+    return excess * pods.itl_s * query.expected_output / np.maximum(pods.running, 1.0)
+
+
+def prefill_harm(query: RouteQuery, pods: Endpoints, prices: Prices) -> Floats:
+    """What a prefill costs the streams that decode beside it: all stand still meanwhile."""
+    duration = uncached(query, pods) / pods.prefill_tokens_per_s
+    return prices.stall * pods.running * duration
+
+
+def decode_cost(query: RouteQuery, pods: Endpoints, prices: Prices) -> Floats:
+    """The answer's tokens: its own latency, and how much slower its neighbours get."""
+    latency = pods.itl_s + pods.itl_slope_s * (pods.running + 1)
+    return prices.stall * query.expected_output * latency
+
+
+def memory_cost(query: RouteQuery, pods: Endpoints, prices: Prices) -> Floats:
+    """Blocks for what is not cached, and for the answer."""
+    needed = (uncached(query, pods) + query.expected_output) / pods.block_size
+    # the request's own cached prefix is not there to be evicted for it
+    spare = np.maximum(pods.blocks_cached - pods.cached_tokens / pods.block_size, 0.0)
+    evicted = np.clip(needed - pods.blocks_free, 0.0, spare)
+    recompute = prices.evict * evicted * pods.block_size / pods.prefill_tokens_per_s
+    # streams of about this size end one after the other and give back what they hold
+    missing = np.maximum(needed - pods.blocks_free - spare, 0.0)
+    lifetime = pods.itl_s * query.expected_output
+    wait = lifetime * missing / (needed * np.maximum(pods.running, 1.0))
+    return recompute + wait
+
+
+def prefill_cost(query: RouteQuery, pods: Endpoints, prices: Prices) -> Floats:
+    """Using each pod to prefill for another: time until done, and harm. Scaled by its role."""
+    ttft = pods.wait_s + uncached(query, pods) / pods.prefill_tokens_per_s
+    return (ttft + prefill_harm(query, pods, prices)) / np.maximum(pods.prefill_weight, MIN_WEIGHT)
+
+
+def exposed_transfer(query: RouteQuery, pods: Endpoints, prefill: int, prices: Prices) -> Floats:
+    """Transfer time from one prefill pod to each decode pod that its prefill does not hide."""
+    sent = uncached(query, pods)
+    rate = pair_rates(pods, prefill)
+    last: Floats = np.minimum(sent, prices.chunk_tokens) * pods.bytes_per_token / rate
+    duration = (query.prompt_len - pods.cached_tokens[prefill]) / pods.prefill_tokens_per_s[prefill]
+    rest: Floats = np.maximum(sent * pods.bytes_per_token / rate - duration, 0.0)
+    return last + rest
+
+
+def pair_rates(pods: Endpoints, prefill: int) -> Floats:
+    """Bytes per second from one pod to each other one."""
+    rates = pods.receive_bytes_per_s
+    measured = {d: rate for (p, d), rate in pods.pair_bytes_per_s.items() if p == prefill}
+    if measured:
+        rates = rates.copy()
+        rates[list(measured)] = list(measured.values())
+    return rates
+
+
+def remote_ttft(query: RouteQuery, pods: Endpoints, prefill: int, prices: Prices) -> Floats:
+    """Expected time to the first token on each decode pod when `prefill` prefills."""
+    # the decode pod's own queue is not waited for: its running batch takes the request in
+    busy = (query.prompt_len - pods.cached_tokens[prefill]) / pods.prefill_tokens_per_s[prefill]
+    ttft = pods.wait_s[prefill] + busy + exposed_transfer(query, pods, prefill, prices)
+    total: Floats = ttft + prices.round_trip_s + seat_wait(query, pods)
+    return total
+
+
+def cheapest(costs: Floats, candidates: NDArray[np.bool], count: int) -> NDArray[np.int64]:
+    """Up to `count` candidate slots with the lowest costs, in no order."""
+    (slots,) = np.nonzero(candidates)
+    if len(slots) <= count:
+        return slots
+    return slots[np.argpartition(costs[slots], count)[:count]]
