@@ -1,0 +1,195 @@
+"""One rank's end of KV transfer: the caller's verbs, from any thread.
+
+    endpoint = Endpoint(config, identity, memory, on_event)
+    endpoint.start()
+    ...
+    endpoint.close()
+
+Runs a thread of its own. Verbs return at once; what comes of them arrives as events, on that
+thread, in order: `on_event` must neither block nor raise. A block given to `grant` or `offer`
+belongs to the transfer until an event gives it back, and every one comes back exactly once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from quire.transfer.base import Counters, Node
+from quire.transfer.core import Core
+from quire.transfer.state import Commit, TransferRef, new_number
+from quire.transfer.transports import make_transports
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from typing import Any
+
+    from quire.config.transfer import TransferConfig
+    from quire.transfer.base import Transport
+    from quire.transfer.memory import PoolMemory
+    from quire.transfer.negotiate import Identity, Peer
+    from quire.transfer.state import Event
+
+START_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 10.0
+FENCE_TIMEOUT_S = 5.0
+
+
+class Endpoint:
+    """See the module. `transports`: instead of those that the config names."""
+
+    def __init__(
+        self,
+        config: TransferConfig,
+        identity: Identity,
+        memory: PoolMemory,
+        on_event: Callable[[Event], None],
+        transports: Sequence[Transport] | None = None,
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        node = Node(identity, config, memory, time.monotonic)
+        chosen = make_transports(config, node) if transports is None else transports
+        self._core = Core(node, chosen, on_event)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._started: Future[Peer] = Future()
+        self._thread = threading.Thread(target=self._run, name="kv-transfer", daemon=True)
+
+    # ---- life
+
+    def start(self) -> Peer:
+        """Listen; returns how others reach this rank. Raises OSError when a port is taken."""
+        self._thread.start()
+        return self._started.result(START_TIMEOUT_S)
+
+    def close(self) -> None:
+        """End every transfer, with its events, and the thread."""
+        if self._loop is not None and self._stop is not None:
+            self._post(self._stop.set)
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    @property
+    def counters(self) -> Counters:
+        """What happened so far, for metrics."""
+        return self._core.node.counters
+
+    # ---- receiving: the decode side
+
+    def receive(
+        self,
+        num_blocks: int,
+        *,
+        degree: int = 1,
+        after: TransferRef | None = None,
+        lease_s: float | None = None,
+    ) -> TransferRef:
+        """Expect up to `num_blocks` blocks from a group of `degree` ranks; binds nothing.
+
+        The reference goes to the senders with `start()`'s Peer. `after` names an earlier attempt at
+        the same transfer: it is cancelled, and whatever of it still arrives is fenced.
+        """
+        if num_blocks < 1 or degree < 1:
+            raise ValueError("a transfer has at least one block and one sender")
+        number, epoch = (after.transfer, after.epoch + 1) if after else (new_number(), 1)
+        ref = TransferRef(number, epoch, self._identity.incarnation)
+        if after is not None:
+            self._post(self._core.receiver.cancel, after)
+        self._post(self._core.receive, ref, num_blocks, degree, self._lease(lease_s))
+        return ref
+
+    def grant(self, ref: TransferRef, first: int, slots: Sequence[int]) -> None:
+        """Bind blocks [first, first + len(slots)) of the transfer to these blocks of the pool.
+
+        Events: Delivered for each that arrived whole, Released for the others.
+        """
+        self._post(self._core.receiver.grant, ref, first, tuple(slots))
+
+    def renew(self, ref: TransferRef) -> None:
+        """Keep waiting: the sender was heard of by other means."""
+        self._post(self._core.receiver.renew, ref)
+
+    # ---- sending: the prefill side
+
+    def send(self, ref: TransferRef, peer: Peer, *, lease_s: float | None = None) -> None:
+        """Begin to send to one rank; connects when there is no link to it yet."""
+        self._post(self._core.send, ref, peer, self._lease(lease_s))
+
+    def offer(self, ref: TransferRef, first: int, slots: Sequence[int]) -> None:
+        """Blocks [first, ...) of the transfer are computed, in these blocks of the pool.
+
+        They are read until Released. They go out as the receiver grants them.
+        """
+        self._post(self._core.sender.offer, ref, first, tuple(slots))
+
+    def commit(self, ref: TransferRef, *, blocks: int, tokens: int, meta: bytes = b"") -> None:
+        """Everything is offered: blocks 0 .. blocks - 1. Event: Ended, when the receiver has it."""
+        self._post(self._core.sender.commit, ref, Commit(blocks, tokens, meta))
+
+    # ---- both
+
+    def cancel(self, ref: TransferRef) -> None:
+        """Give up, on either side. Unknown references are ignored: it may just have ended."""
+        self._post(self._core.receiver.cancel, ref)
+        self._post(self._core.sender.cancel, ref)
+
+    def fence(self, ref: TransferRef, timeout_s: float = FENCE_TIMEOUT_S) -> None:
+        """Cancel, and return when nothing writes into granted blocks any more.
+
+        For whoever must release them at once. Not on the endpoint's thread. Raises TimeoutError.
+        """
+        done: Future[None] = Future()
+
+        def cancel() -> None:
+            self._core.receiver.cancel(ref)
+            done.set_result(None)
+
+        self._post(cancel)
+        done.result(timeout_s)
+
+    def probe(self, peer: Peer, transport: str, total_bytes: int = 64 << 20) -> Future[Any]:
+        """Measure a pair: (round trip in seconds, bytes per second), or LinkRefused. The rates are
+        remembered: later links to the peer prefer the transport that measured faster."""
+        return self._submit(self._core.probe(peer, transport, total_bytes))
+
+    # ----
+
+    def _lease(self, lease_s: float | None) -> float:
+        return self._config.kv_lease_s if lease_s is None else lease_s
+
+    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+        if self._loop is None:
+            raise RuntimeError("the endpoint is not started")
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        if self._loop is None:
+            raise RuntimeError("the endpoint is not started")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _run(self) -> None:
+        if sys.platform == "win32":
+            asyncio.run(self._main())
+        else:
+            import uvloop
+
+            uvloop.run(self._main())
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            await self._core.start()
+        except OSError as error:
+            await self._core.close()
+            self._started.set_exception(error)
+            return
+        self._started.set_result(self._core.peer())
+        try:
+            await self._stop.wait()
+        finally:
+            await self._core.close()

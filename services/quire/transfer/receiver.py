@@ -1,0 +1,328 @@
+"""The receiving direction of an endpoint: its transfers, and the links that senders opened.
+
+A frame of a transfer is looked up by all three parts of its reference before anything else is done
+with it. What is not found is fenced: thrown away unread, counted, and its sender told.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from quire.proto import transfer_pb2
+from quire.transfer.frames import Entry, FrameError, Header, Kind, pack_entries
+from quire.transfer.layout import Shard, Span, pieces, share, sources_of
+from quire.transfer.link import AcceptedLink
+from quire.transfer.receiving import ReceivingTransfer
+from quire.transfer.state import (
+    Commit,
+    Committed,
+    Effect,
+    Ended,
+    Fail,
+    Failure,
+    FailureCode,
+    Grant,
+    Lease,
+    Message,
+    Released,
+    Reply,
+    Resend,
+    TransferRef,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from quire.transfer.base import Channel, Node
+    from quire.transfer.state import Event
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED = 4096
+"""Committed transfers kept in mind, to confirm a repeated COMMIT."""
+
+
+@dataclass
+class _Incoming:
+    """A transfer with what connects it to links."""
+
+    machine: ReceivingTransfer
+    legs: dict[int, tuple[Span, ...]]
+    """Source rank -> pieces that it sends of each block."""
+    links: dict[int, ReceivingLink] = field(default_factory=dict)
+
+
+class Receiver:
+    """See the module. Every event goes to `emit`."""
+
+    def __init__(self, node: Node, emit: Callable[[Event], None]) -> None:
+        self._node = node
+        self._emit = emit
+        self._incoming: dict[TransferRef, _Incoming] = {}
+        self._committed: OrderedDict[TransferRef, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._incoming)
+
+    # ---- the caller
+
+    def promise(self, ref: TransferRef, num_blocks: int, degree: int, lease_s: float) -> None:
+        """Expect a transfer from a group of `degree` ranks.
+
+        Raises ValueError on a degree that the heads cannot be split over.
+        """
+        layout, mine = self._node.identity.layout, self._node.identity.shard
+        legs = {}
+        for rank in sources_of(layout, degree, mine):
+            span = share(layout, Shard(rank, degree), mine)
+            assert span is not None
+            legs[rank] = pieces(span)
+        counts = {rank: len(parts) for rank, parts in legs.items()}
+        lease = Lease(lease_s, self._node.clock())
+        self._incoming[ref] = _Incoming(ReceivingTransfer(ref, num_blocks, counts, lease), legs)
+
+    def grant(self, ref: TransferRef, first: int, slots: Sequence[int]) -> None:
+        """Bind blocks; they come straight back when the transfer is over."""
+        incoming = self._incoming.get(ref)
+        if incoming is None:
+            self._emit(Released(ref, tuple(slots)))
+            return
+        try:
+            if slots and not 0 <= min(slots) <= max(slots) < self._node.memory.num_blocks:
+                raise ValueError(f"blocks {slots} are not all in the pool")
+            effects = incoming.machine.grant(first, slots)
+        except ValueError as error:
+            logger.error("KV transfer %x: %s", ref.transfer, error)
+            self._emit(Released(ref, tuple(slots)))
+            effects = incoming.machine.refused(Failure.PROTOCOL, str(error))
+        self._do(incoming, effects)
+
+    def cancel(self, ref: TransferRef) -> None:
+        """Give up."""
+        if (incoming := self._incoming.get(ref)) is not None:
+            self._do(incoming, incoming.machine.cancel())
+
+    def renew(self, ref: TransferRef) -> None:
+        """The caller heard of the transfer by other means, such as its request's stream."""
+        if (incoming := self._incoming.get(ref)) is not None:
+            incoming.machine.heard(self._node.clock())
+
+    def tick(self, now: float, *, keep: bool) -> None:
+        """Let leases expire; with `keep`, tell the senders that this side still holds."""
+        for incoming in list(self._incoming.values()):
+            self._do(incoming, incoming.machine.expire(now))
+            if keep and not incoming.machine.is_over:
+                for link in incoming.links.values():
+                    link.post(_header(Kind.KEEP, incoming.machine.ref))
+
+    # ---- links
+
+    def find(self, header: Header) -> _Incoming | None:
+        """The transfer that a frame is of; None when it must be fenced."""
+        return self._incoming.get(TransferRef(header.transfer, header.epoch, header.incarnation))
+
+    def on_frame(self, link: ReceivingLink, header: Header, body: bytes) -> None:
+        """OPEN, COMMIT, FAIL or KEEP."""
+        incoming, now = self.find(header), self._node.clock()
+        if incoming is None:
+            self._on_unknown(link, header)
+            return
+        machine, rank = incoming.machine, link.peer_shard.rank
+        if header.kind == Kind.OPEN:
+            incoming.links[rank] = link
+            self._do(incoming, machine.opened(rank, now))
+        elif incoming.links.get(rank) is not link:
+            self.fence(link, header)
+        elif header.kind == Kind.COMMIT:
+            self._do(incoming, machine.commit(rank, _read_commit(body), now))
+        elif header.kind == Kind.FAIL:
+            self._do(incoming, machine.refused(*read_refusal(body)))
+        elif header.kind == Kind.KEEP:
+            machine.heard(now)
+        else:
+            raise FrameError(f"frame kind {header.kind} does not come from a sender")
+
+    def fence(self, link: ReceivingLink, header: Header) -> None:
+        """Count a frame that must have no effect, and tell its sender."""
+        self._node.counters.fenced_frames += 1
+        reply = Header(
+            Kind.FENCED,
+            transfer=header.transfer,
+            incarnation=header.incarnation,
+            epoch=header.epoch,
+            sequence=header.sequence,
+        )
+        link.post(reply)
+
+    def landed(self, incoming: _Incoming, link: ReceivingLink, entry: Entry, good: bool) -> None:
+        """A piece was written into its place."""
+        rank = link.peer_shard.rank
+        if good:
+            length = incoming.legs[rank][entry.piece].length
+            self._node.counters.received_bytes[link.transport] += length
+        else:
+            self._node.counters.damaged_pieces += 1
+        effects = incoming.machine.landed(rank, entry, good, self._node.clock())
+        for effect in effects:
+            if isinstance(effect, Reply) and isinstance(effect.message, Resend):
+                link.again.append(Entry(effect.message.block, effect.message.piece))
+        self._do(incoming, effects)
+
+    def lost(self, link: ReceivingLink) -> None:
+        """A link ended."""
+        for incoming in list(self._incoming.values()):
+            for rank, other in list(incoming.links.items()):
+                if other is link:
+                    del incoming.links[rank]
+                    self._do(incoming, incoming.machine.lost(rank))
+
+    # ----
+
+    def _on_unknown(self, link: ReceivingLink, header: Header) -> None:
+        ref = TransferRef(header.transfer, header.epoch, header.incarnation)
+        if header.kind == Kind.COMMIT and ref in self._committed:
+            link.post(_header(Kind.COMMITTED, ref))
+        elif header.kind != Kind.FAIL:
+            self.fence(link, header)
+
+    def _do(self, incoming: _Incoming, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Reply):
+                link = incoming.links.get(effect.rank)
+                if link is not None:
+                    _say(link, incoming.machine.ref, effect.message)
+                continue
+            if isinstance(effect, Ended):
+                self._end(incoming, effect)
+            self._emit(effect)
+
+    def _end(self, incoming: _Incoming, ended: Ended) -> None:
+        ref = incoming.machine.ref
+        del self._incoming[ref]
+        if ended.failure is None:
+            self._node.counters.committed["received"] += 1
+            self._committed[ref] = None
+            if len(self._committed) > REMEMBERED:
+                self._committed.popitem(last=False)
+        else:
+            self._node.counters.failed[ended.failure] += 1
+
+
+class ReceivingLink(AcceptedLink):
+    """Frames from one sending rank."""
+
+    def __init__(self, channel: Channel, transport: str, node: Node, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self.again: list[Entry] = []
+        """Pieces of the current frame that arrived damaged and shall be sent again."""
+        self._current: _Incoming | None = None
+        self._fenced = False
+        super().__init__(channel, transport, node)
+
+    def on_transfer_frame(self, header: Header, body: bytes) -> None:
+        """OPEN, COMMIT, FAIL, KEEP; an empty PROBE measures latency."""
+        if header.kind == Kind.PROBE:
+            self.post(Header(Kind.PROBED, sequence=header.sequence))
+        else:
+            self._receiver.on_frame(self, header, body)
+
+    def on_lost(self) -> None:
+        """Every leg on this link is lost."""
+        self._receiver.lost(self)
+
+    # ---- FrameHandler, for DATA
+
+    def lengths(self, header: Header, entries: Sequence[Entry]) -> list[int] | None:
+        """Lengths of the pieces; None when the frame is fenced."""
+        if not self.is_ready:
+            raise FrameError("data before the greeting")
+        self.again = []
+        self._current = incoming = self._receiver.find(header)
+        rank = self.peer_shard.rank
+        if incoming is None or incoming.links.get(rank) is not self:
+            self._current, self._fenced = None, True
+            return None
+        parts = incoming.legs[rank]
+        if any(entry.piece >= len(parts) for entry in entries):
+            raise FrameError("a piece that the block does not have")
+        self._fenced = False
+        for entry in entries:
+            if incoming.machine.place(rank, entry.block, entry.piece) is None:
+                if incoming.machine.knows(rank, entry.block, entry.piece):
+                    self.node.counters.duplicate_pieces += 1
+                else:
+                    self._fenced = True
+        return [parts[entry.piece].length for entry in entries]
+
+    def place(self, header: Header, entry: Entry) -> memoryview | None:
+        """Where the piece may be written now."""
+        incoming, rank = self._current, self.peer_shard.rank
+        if incoming is None or incoming.links.get(rank) is not self:
+            return None
+        slot = incoming.machine.place(rank, entry.block, entry.piece)
+        if slot is None:
+            return None
+        part = incoming.legs[rank][entry.piece]
+        return self.node.memory.view(slot, part.destination, part.length)
+
+    def landed(self, header: Header, entry: Entry, good: bool) -> None:
+        """A piece was written into its place."""
+        if self._current is not None:
+            self._receiver.landed(self._current, self, entry, good)
+
+    def finished(self, header: Header) -> None:
+        """Acknowledge the frame: what is missing in `again` was verified."""
+        if header.kind != Kind.DATA:
+            super().finished(header)
+            return
+        if self._fenced or self._current is None or self._current.machine.is_over:
+            self._receiver.fence(self, header)
+        else:
+            reply = Header(
+                Kind.ACK,
+                num=len(self.again),
+                transfer=header.transfer,
+                incarnation=header.incarnation,
+                epoch=header.epoch,
+                sequence=header.sequence,
+            )
+            self.post(reply, pack_entries(self.again))
+        self._current = None
+
+
+def _header(kind: Kind, ref: TransferRef) -> Header:
+    return Header(kind, transfer=ref.transfer, incarnation=ref.incarnation, epoch=ref.epoch)
+
+
+def _say(link: ReceivingLink, ref: TransferRef, message: Message) -> None:
+    match message:
+        case Grant(first, count):
+            link.post(_header(Kind.GRANT, ref)._replace(first=first, num=count))
+        case Committed():
+            link.post(_header(Kind.COMMITTED, ref))
+        case Fail(failure, detail):
+            link.post(_header(Kind.FAIL, ref), write_refusal(failure, detail))
+        case _:
+            pass  # Resend goes out with the frame's ACK
+
+
+def write_refusal(failure: Failure, detail: str) -> bytes:
+    """A failure for the other side."""
+    code = FailureCode.__members__.get(failure.name, FailureCode.CANCELLED)
+    return transfer_pb2.KvRefusal(code=code, detail=detail).SerializeToString()
+
+
+def read_refusal(body: bytes) -> tuple[Failure, str]:
+    """The other side's failure as this side's: its cancel is not ours."""
+    message = transfer_pb2.KvRefusal.FromString(body)
+    names = {code.value: code.name for code in FailureCode}
+    name = names.get(message.code, "CANCELLED")
+    return (Failure.PEER_CANCELLED if name == "CANCELLED" else Failure[name]), message.detail
+
+
+def _read_commit(body: bytes) -> Commit:
+    message = transfer_pb2.KvCommit.FromString(body)
+    return Commit(message.blocks, message.tokens, message.meta, message.digest)

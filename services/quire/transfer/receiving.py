@@ -1,0 +1,261 @@
+"""Receiving side of one transfer, as a pure state machine.
+
+Life: the caller promises (this object), a sender of each source rank opens its leg, the caller
+grants blocks window by window, pieces arrive and are verified, each leg commits.
+
+    PROMISED   accounted for by the caller; no sender yet. Blocks may be bound already
+    RECEIVING  at least one leg is open; blocks bound, filled, delivered
+    COMMITTED  every leg's commit fits what arrived; nothing is held
+    FAILED     over; every block not delivered was released; late pieces have nowhere to go
+
+    input \\ state      PROMISED              RECEIVING                    COMMITTED, FAILED
+    grant              bind, tell no one     bind, Grant to open legs     release at once
+    opened(leg)        -> RECEIVING, Grants  Grants so far                (fenced before)
+    place(piece)       None: fenced          the slot, or None: known     None
+    landed good        -                     block complete: Delivered    nothing
+    landed damaged     -                     1st: Resend. 2nd: -> FAILED  nothing
+    commit(leg)        -> FAILED             fits, last leg: -> COMMITTED nothing
+                                             does not fit: -> FAILED
+    peer fails, leg    -> FAILED             -> FAILED                    nothing
+    lost, cancel,
+    lease expired
+
+A crash of the sender's process is `lost`; of this process, a new incarnation that knows nothing of
+the transfer, so that what still arrives is fenced. Entering FAILED tells the other legs. A slot is
+written into only while `place` names it, which is asked again for every read: a cancel in the
+middle of a frame diverts the rest of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from quire.transfer.frames import Entry, digest
+from quire.transfer.state import (
+    Commit,
+    Committed,
+    Delivered,
+    Effect,
+    Ended,
+    Fail,
+    Failure,
+    Grant,
+    Lease,
+    Released,
+    Reply,
+    Resend,
+    TransferRef,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+MAX_ATTEMPTS = 2
+"""A piece damaged this often fails the transfer."""
+
+
+class ReceivingState(StrEnum):
+    """See the module's table."""
+
+    PROMISED = "promised"
+    RECEIVING = "receiving"
+    COMMITTED = "committed"
+    FAILED = "failed"
+
+
+@dataclass
+class _Binding:
+    """A granted block on its way."""
+
+    slot: int
+    missing: set[tuple[int, int]]
+    """(rank, piece) not verified yet."""
+
+
+@dataclass
+class _Leg:
+    """One source rank."""
+
+    num_pieces: int
+    """Of each block."""
+    is_open: bool = False
+    commit: Commit | None = None
+    verified: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(block, piece) -> checksum."""
+
+
+class ReceivingTransfer:
+    """See the module. `legs`: source rank -> pieces that it sends of each block."""
+
+    def __init__(
+        self, ref: TransferRef, num_blocks: int, legs: Mapping[int, int], lease: Lease
+    ) -> None:
+        if num_blocks < 1 or not legs:
+            raise ValueError("a transfer has at least one block and one sender")
+        self.ref = ref
+        self.num_blocks = num_blocks
+        self.state = ReceivingState.PROMISED
+        self.lease = lease
+        self._legs = {rank: _Leg(count) for rank, count in legs.items()}
+        self._bound: dict[int, _Binding] = {}
+        self._granted: set[int] = set()
+        self._damaged: dict[tuple[int, int, int], int] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is held and nothing will be said any more."""
+        return self.state in (ReceivingState.COMMITTED, ReceivingState.FAILED)
+
+    @property
+    def open_ranks(self) -> list[int]:
+        """Source ranks whose sender is there."""
+        return [rank for rank, leg in self._legs.items() if leg.is_open]
+
+    # ---- the caller
+
+    def grant(self, first: int, slots: Sequence[int]) -> list[Effect]:
+        """Bind blocks [first, first + len(slots)) of the transfer to blocks of the pool.
+
+        Raises ValueError when a block is granted twice or was not promised; nothing is bound then.
+        """
+        if not slots:
+            return []
+        if self.is_over:
+            return [Released(self.ref, tuple(slots))]
+        blocks = range(first, first + len(slots))
+        if first < 0 or blocks.stop > self.num_blocks:
+            raise ValueError(f"blocks {blocks} of a transfer of {self.num_blocks}")
+        if not self._granted.isdisjoint(blocks):
+            raise ValueError(f"some of blocks {blocks} are granted already")
+        wanted = {(rank, p) for rank, leg in self._legs.items() for p in range(leg.num_pieces)}
+        for block, slot in zip(blocks, slots, strict=True):
+            self._bound[block] = _Binding(slot, set(wanted))
+        self._granted.update(blocks)
+        return [Reply(rank, Grant(first, len(slots))) for rank in self.open_ranks]
+
+    def cancel(self) -> list[Effect]:
+        """The caller gives up."""
+        return self._fail(Failure.CANCELLED)
+
+    # ---- the peers
+
+    def opened(self, rank: int, now: float) -> list[Effect]:
+        """The sender of a source rank is there; repeated OPENs get the grants again."""
+        if self.is_over:
+            return []
+        leg = self._legs.get(rank)
+        if leg is None:
+            return self._fail(Failure.PROTOCOL, f"rank {rank} has nothing to send here")
+        leg.is_open = True
+        self.state = ReceivingState.RECEIVING
+        self.lease.renew(now)
+        return [Reply(rank, Grant(first, count)) for first, count in _runs(self._granted)]
+
+    def heard(self, now: float) -> None:
+        """A sender said that it still holds its side."""
+        self.lease.renew(now)
+
+    def place(self, rank: int, block: int, piece: int) -> int | None:
+        """The slot that this piece may be written into now; None for nowhere."""
+        binding = self._bound.get(block)
+        if binding is None or rank not in self._legs or not self._legs[rank].is_open:
+            return None
+        return binding.slot if (rank, piece) in binding.missing else None
+
+    def knows(self, rank: int, block: int, piece: int) -> bool:
+        """The piece was verified before: a duplicate."""
+        leg = self._legs.get(rank)
+        return leg is not None and (block, piece) in leg.verified
+
+    def landed(self, rank: int, entry: Entry, good: bool, now: float) -> list[Effect]:
+        """A piece was written where `place` said; `good` when its checksum fits."""
+        binding = self._bound.get(entry.block)
+        if binding is None or (rank, entry.piece) not in binding.missing:
+            return []
+        self.lease.renew(now)
+        if not good:
+            return self._mend(rank, entry)
+        binding.missing.discard((rank, entry.piece))
+        self._legs[rank].verified[entry.block, entry.piece] = entry.checksum
+        if binding.missing:
+            return []
+        del self._bound[entry.block]
+        return [Delivered(self.ref, entry.block, binding.slot)]
+
+    def commit(self, rank: int, commit: Commit, now: float) -> list[Effect]:
+        """A sender says that it sent everything."""
+        leg = self._legs.get(rank)
+        if self.is_over or leg is None:
+            return []
+        self.lease.renew(now)
+        if (problem := self._misfit(leg, commit)) is not None:
+            return self._fail(Failure.INCOMPLETE, f"rank {rank}: {problem}")
+        leg.commit = commit
+        if any(other.commit is None for other in self._legs.values()):
+            return []
+        self.state = ReceivingState.COMMITTED
+        first = self._legs[min(self._legs)].commit
+        confirmations = [Reply(rank, Committed()) for rank in self._legs]
+        return [*confirmations, *self._release(), Ended(self.ref, commit=first)]
+
+    def refused(self, failure: Failure, detail: str = "") -> list[Effect]:
+        """A sender gave up."""
+        return self._fail(failure, detail)
+
+    def lost(self, rank: int) -> list[Effect]:
+        """The connection to a sender broke. An end of stream is never a success."""
+        return self._fail(Failure.LOST, f"the connection to rank {rank} ended", silent=rank)
+
+    def expire(self, now: float) -> list[Effect]:
+        """Fail when nothing was heard for the lease."""
+        if self.is_over or not self.lease.expired(now):
+            return []
+        return self._fail(Failure.LEASE, f"nothing heard for {self.lease.length_s:g} s")
+
+    # ----
+
+    def _mend(self, rank: int, entry: Entry) -> list[Effect]:
+        key = (rank, entry.block, entry.piece)
+        self._damaged[key] = self._damaged.get(key, 0) + 1
+        if self._damaged[key] < MAX_ATTEMPTS:
+            return [Reply(rank, Resend(entry.block, entry.piece))]
+        return self._fail(Failure.CHECKSUM, f"block {entry.block} arrived damaged twice")
+
+    def _misfit(self, leg: _Leg, commit: Commit) -> str | None:
+        expected = commit.blocks * leg.num_pieces
+        if not leg.is_open:
+            return "commit of a sender that never opened"
+        if not 1 <= commit.blocks <= self.num_blocks:
+            return f"commit of {commit.blocks} blocks, promised were {self.num_blocks}"
+        if len(leg.verified) != expected:
+            return f"{len(leg.verified)} of {expected} pieces arrived"
+        others = [o.commit for o in self._legs.values() if o.commit is not None]
+        if any((o.blocks, o.tokens) != (commit.blocks, commit.tokens) for o in others):
+            return "the ranks do not agree"
+        arrived = digest(Entry(*piece, value) for piece, value in leg.verified.items())
+        return None if arrived == commit.digest else "the digest does not fit"
+
+    def _fail(self, failure: Failure, detail: str = "", silent: int = -1) -> list[Effect]:
+        if self.is_over:
+            return []
+        self.state = ReceivingState.FAILED
+        told = [Reply(r, Fail(failure, detail)) for r in self.open_ranks if r != silent]
+        return [*told, *self._release(), Ended(self.ref, failure, detail)]
+
+    def _release(self) -> list[Effect]:
+        slots = tuple(binding.slot for binding in self._bound.values())
+        self._bound.clear()
+        return [Released(self.ref, slots)] if slots else []
+
+
+def _runs(blocks: set[int]) -> list[tuple[int, int]]:
+    """Numbers as (first, count) of consecutive ones, ascending."""
+    runs: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        if runs and sum(runs[-1]) == block:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((block, 1))
+    return runs

@@ -1,0 +1,395 @@
+"""Both sides of a transfer under any order of inputs: every block comes back exactly once."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from quire.transfer.frames import Entry, digest
+from quire.transfer.receiving import ReceivingState, ReceivingTransfer
+from quire.transfer.sending import SendingState, SendingTransfer
+from quire.transfer.state import (
+    Commit,
+    Committed,
+    Committing,
+    Delivered,
+    Ended,
+    Fail,
+    Failure,
+    Grant,
+    Lease,
+    Open,
+    Released,
+    Reply,
+    Resend,
+    TransferRef,
+)
+
+REF = TransferRef(7, 1, 9)
+BLOCKS = 6
+PIECES = 2
+LENGTHS = (100, 50)
+
+
+class Books:
+    """Blocks that one side holds, from what it was given and what it gave back."""
+
+    def __init__(self):
+        self.given = []
+        self.back = []
+        self.ended = []
+
+    def take(self, event):
+        assert not self.ended, "an event after the last one"
+        match event:
+            case Delivered(_, _, slot):
+                self.back.append(slot)
+            case Released(_, slots):
+                self.back.extend(slots)
+            case Ended():
+                self.ended.append(event)
+
+    def check(self, is_over):
+        assert len(self.back) == len(set(self.back)), "a block came back twice"
+        assert set(self.back) <= set(self.given), "a block came back that was never given"
+        assert bool(self.ended) == is_over
+        if self.ended:
+            assert sorted(self.back) == sorted(self.given), "a block was kept"
+
+
+class Pair(RuleBasedStateMachine):
+    """Two sides and a network that drops, repeats, delays, reorders and damages."""
+
+    @initialize(ranks=st.sampled_from([1, 2]), calm=st.booleans())
+    def begin(self, ranks, calm):
+        self.now = 0.0
+        self.calm = calm  # without trouble, so that commits are reached too
+        self.ranks = range(ranks)
+        legs = dict.fromkeys(self.ranks, PIECES)
+        self.receiver = ReceivingTransfer(REF, BLOCKS, legs, Lease(5, 0))
+        self.senders = [SendingTransfer(REF, LENGTHS, Lease(5, 0)) for _ in self.ranks]
+        self.books = Books()
+        self.sender_books = [Books() for _ in self.ranks]
+        self.wire = []
+        self.next_grant = 0
+        self.next_offer = [0] * ranks
+        self.delivered_content = {}
+        self.late_slots = 1000
+        for rank in self.ranks:
+            self.do_sender(rank, self.senders[rank].begin())
+
+    def do_receiver(self, effects):
+        for effect in effects:
+            if isinstance(effect, Reply):
+                self.wire.append(("S", effect.rank, effect.message))
+            else:
+                self.books_take(effect)
+
+    def books_take(self, event):
+        if self.books.ended and isinstance(event, Released):
+            # what is granted after the end comes straight back; the only thing that still does
+            assert set(event.slots).isdisjoint(self.books.given)
+            return
+        self.books.take(event)
+
+    def do_sender(self, rank, effects):
+        for effect in effects:
+            if isinstance(effect, Reply):
+                self.wire.append(("R", rank, effect.message))
+            else:
+                self.sender_books[rank].take(effect)
+
+    # ---- callers
+
+    @precondition(lambda self: self.next_grant < BLOCKS)
+    @rule(count=st.integers(1, BLOCKS))
+    def grant(self, count):
+        count = min(count, BLOCKS - self.next_grant)
+        slots = [100 + self.next_grant + i for i in range(count)]
+        if not self.receiver.is_over:
+            self.books.given += slots
+        self.do_receiver(self.receiver.grant(self.next_grant, slots))
+        self.next_grant += count
+
+    @rule(data=st.data(), count=st.integers(1, BLOCKS))
+    def offer(self, data, count):
+        rank = data.draw(st.sampled_from(self.ranks))
+        first = self.next_offer[rank]
+        count = min(count, BLOCKS - first)
+        if not self.senders[rank].is_live or not count:
+            return
+        slots = [first + i for i in range(count)]
+        self.sender_books[rank].given += slots
+        self.next_offer[rank] += count
+        self.do_sender(rank, self.senders[rank].offer(first, slots))
+        if self.next_offer[rank] == BLOCKS:
+            commit = Commit(BLOCKS, BLOCKS * 16, b"x")
+            self.do_sender(rank, self.senders[rank].commit(commit, self.now))
+
+    @rule(data=st.data())
+    def write(self, data):
+        self.write_one(data.draw(st.sampled_from(self.ranks)))
+
+    @rule()
+    def write_all(self):
+        for rank in self.ranks:
+            while self.senders[rank].has_pieces:
+                self.write_one(rank)
+
+    def write_one(self, rank):
+        pieces = [piece for piece, _ in self.senders[rank].take(250, 8)]
+        if not pieces:
+            return
+        entries = [Entry(block, piece, block * 10 + piece) for block, piece in pieces]
+        self.senders[rank].summed(entries)
+        self.wire.append(("R", rank, entries))
+        self.wire.append(("W", rank, pieces))  # the transport is done reading, some time later
+
+    # ---- the network
+
+    def deliver(self, item, damaged=False):
+        to, rank, message = item
+        if to == "W":
+            self.do_sender(rank, self.senders[rank].written(message, self.now))
+        elif to == "S":
+            self.to_sender(rank, message)
+        else:
+            self.to_receiver(rank, message, damaged)
+
+    def to_sender(self, rank, message):
+        sender = self.senders[rank]
+        match message:
+            case Grant(first, count):
+                effects = sender.granted(first, count, self.now)
+            case Committed():
+                effects = sender.confirmed()
+            case Fail(failure):
+                effects = sender.refused(failure)
+            case Resend(block, piece):
+                effects = sender.damaged([(block, piece)])
+            case list():
+                effects = sender.acked(message, self.now)
+        self.do_sender(rank, effects)
+
+    def to_receiver(self, rank, message, damaged):
+        match message:
+            case Open():
+                self.do_receiver(self.receiver.opened(rank, self.now))
+            case Committing(commit):
+                self.do_receiver(self.receiver.commit(rank, commit, self.now))
+            case Fail(failure):
+                self.do_receiver(self.receiver.refused(failure))
+            case list():
+                good = []
+                for entry in message:
+                    slot = self.receiver.place(rank, entry.block, entry.piece)
+                    if slot is None:
+                        if self.receiver.knows(rank, entry.block, entry.piece):
+                            good.append((entry.block, entry.piece))
+                        continue
+                    assert slot in self.books.given and slot not in self.books.back, (
+                        "written into a block that is not the transfer's"
+                    )
+                    effects = self.receiver.landed(rank, entry, not damaged, self.now)
+                    self.do_receiver(effects)
+                    if not damaged:
+                        good.append((entry.block, entry.piece))
+                self.wire.append(("S", rank, good))
+
+    @precondition(lambda self: self.wire)
+    @rule()
+    def arrive(self):
+        self.deliver(self.wire.pop(0))
+
+    @precondition(lambda self: self.wire)
+    @rule()
+    def arrive_all(self):
+        for _ in range(200):
+            if self.wire:
+                self.deliver(self.wire.pop(0))
+
+    @precondition(lambda self: self.wire)
+    @rule(data=st.data(), fault=st.sampled_from(["drop", "repeat", "damage", "late"]))
+    def misbehave(self, data, fault):
+        if self.calm and fault == "drop":
+            fault = "repeat"
+        index = data.draw(st.integers(0, len(self.wire) - 1))
+        item = self.wire[index]
+        if item[0] == "W":
+            return  # not of the network
+        if fault == "repeat":
+            self.deliver(item)
+            return
+        del self.wire[index]
+        if fault == "damage":
+            self.deliver(item, damaged=True)
+        elif fault == "late":
+            self.wire.append(item)
+
+    # ---- trouble
+
+    @precondition(lambda self: not self.calm)
+    @rule(seconds=st.sampled_from([0.1, 2.0, 6.0]))
+    def wait(self, seconds):
+        self.now += seconds
+        self.do_receiver(self.receiver.expire(self.now))
+        for rank in self.ranks:
+            self.do_sender(rank, self.senders[rank].expire(self.now))
+
+    @precondition(lambda self: not self.calm)
+    @rule()
+    def cancel_receiver(self):
+        self.do_receiver(self.receiver.cancel())
+
+    @precondition(lambda self: not self.calm)
+    @rule(data=st.data())
+    def cancel_sender(self, data):
+        rank = data.draw(st.sampled_from(self.ranks))
+        self.do_sender(rank, self.senders[rank].cancel())
+
+    @precondition(lambda self: not self.calm)
+    @rule(data=st.data(), end=st.sampled_from(["receiver", "sender", "both"]))
+    def break_link(self, data, end):
+        rank = data.draw(st.sampled_from(self.ranks))
+        if end != "sender":
+            self.do_receiver(self.receiver.lost(rank))
+        if end != "receiver":
+            self.wire = [i for i in self.wire if i[0] != "W" or i[1] != rank]
+            self.do_sender(rank, self.senders[rank].lost())
+
+    @invariant()
+    def every_block_has_one_owner(self):
+        if not hasattr(self, "books"):
+            return
+        self.books.check(self.receiver.is_over)
+        for rank in self.ranks:
+            self.sender_books[rank].check(self.senders[rank].is_over)
+        if self.receiver.state is ReceivingState.COMMITTED:
+            assert self.books.ended[0].commit.blocks == BLOCKS
+            assert all(s.state is not SendingState.OPENING for s in self.senders)
+
+    def teardown(self):
+        """Time alone frees everything, whatever was lost."""
+        if not hasattr(self, "books"):
+            return
+        for rank in self.ranks:
+            self.do_sender(rank, self.senders[rank].lost())
+        self.now += 100
+        self.do_receiver(self.receiver.expire(self.now))
+        self.every_block_has_one_owner()
+        assert self.receiver.is_over
+        assert all(sender.is_over for sender in self.senders)
+
+
+TestPair = Pair.TestCase
+TestPair.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+# ---- single edges, by name
+
+
+def receiving(state):
+    machine = ReceivingTransfer(REF, 2, {0: 1}, Lease(5, 0))
+    machine.grant(0, [50, 51])
+    if state != "promised":
+        machine.opened(0, 0)
+    if state == "committed":
+        entries = [Entry(0, 0, 1), Entry(1, 0, 2)]
+        for entry in entries:
+            machine.landed(0, entry, True, 0)
+        machine.commit(0, Commit(2, 32, b"", digest(entries)), 0)
+    if state == "failed":
+        machine.cancel()
+    assert machine.state == state
+    return machine
+
+
+@pytest.mark.parametrize("state", ["promised", "receiving", "committed", "failed"])
+@pytest.mark.parametrize(
+    ("edge", "failure"),
+    [
+        (lambda m: m.cancel(), Failure.CANCELLED),
+        (lambda m: m.expire(6), Failure.LEASE),
+        (lambda m: m.lost(0), Failure.LOST),
+        (lambda m: m.refused(Failure.PEER_CANCELLED), Failure.PEER_CANCELLED),
+    ],
+)
+def test_a_receiver_ends_from_every_state_and_only_once(state, edge, failure):
+    machine = receiving(state)
+    effects = edge(machine)
+    if state in ("committed", "failed"):
+        assert effects == []
+        return
+    events = [e for e in effects if not isinstance(e, Reply)]
+    assert events[0] == Released(REF, (50, 51))
+    assert events[-1].failure is failure
+    assert edge(machine) == []
+
+
+@pytest.mark.parametrize(
+    ("commit", "why"),
+    [
+        (Commit(2, 32, b"", 1), "digest"),
+        (Commit(1, 16, b"", 1), "pieces arrived"),
+        (Commit(3, 48, b"", 1), "promised were 2"),
+        (Commit(0, 0, b"", 1), "promised were 2"),
+    ],
+)
+def test_a_commit_that_does_not_fit_is_no_success(commit, why):
+    machine = receiving("receiving")
+    for block in (0, 1):
+        machine.landed(0, Entry(block, 0, 5), True, 0)
+    ended = machine.commit(0, commit, 0)[-1]
+    assert ended.failure is Failure.INCOMPLETE
+    assert why in ended.detail
+
+
+def test_a_block_damaged_twice_fails_and_once_is_asked_for_again():
+    machine = receiving("receiving")
+    assert machine.landed(0, Entry(1, 0, 5), False, 0) == [Reply(0, Resend(1, 0))]
+    effects = machine.landed(0, Entry(1, 0, 5), False, 0)
+    assert effects[-1].failure is Failure.CHECKSUM
+    assert Released(REF, (50, 51)) in effects
+
+
+def test_a_receiver_waits_for_every_rank():
+    machine = ReceivingTransfer(REF, 1, {0: 1, 2: 1}, Lease(5, 0))
+    machine.grant(0, [50])
+    for rank in (0, 2):
+        assert machine.opened(rank, 0) == [Reply(rank, Grant(0, 1))]
+    assert machine.landed(0, Entry(0, 0, 5), True, 0) == []
+    assert machine.commit(0, Commit(1, 16, b"m", digest([Entry(0, 0, 5)])), 0) == []
+    assert machine.landed(2, Entry(0, 0, 6), True, 0) == [Delivered(REF, 0, 50)]
+    last = machine.commit(2, Commit(1, 16, b"", digest([Entry(0, 0, 6)])), 0)[-1]
+    assert last.failure is None and last.commit.meta == b"m"
+
+
+def test_a_grant_twice_or_beyond_the_promise_is_an_error_and_binds_nothing():
+    machine = receiving("promised")
+    with pytest.raises(ValueError, match="granted already"):
+        machine.grant(1, [60])
+    with pytest.raises(ValueError, match="of a transfer of 2"):
+        machine.grant(2, [60])
+    assert machine.cancel()[0] == Released(REF, (50, 51))
+
+
+def test_a_sender_that_waits_for_its_caller_lives_by_keeps_and_one_with_data_by_progress():
+    machine = SendingTransfer(REF, (10,), Lease(5, 0))
+    machine.begin()
+    machine.heard(4)
+    assert machine.expire(8) == []
+    machine.granted(0, 1, 8)
+    machine.offer(0, [3])
+    machine.heard(12)
+    assert machine.expire(14)[-1].failure is Failure.LEASE
+
+
+def test_a_block_is_not_released_while_the_transport_reads_it():
+    machine = SendingTransfer(REF, (10,), Lease(5, 0))
+    machine.granted(0, 2, 0)
+    machine.offer(0, [3, 4])
+    assert [p for p, _ in machine.take(10, 8)] == [(0, 0)]
+    effects = machine.cancel()
+    assert Released(REF, (4,)) in effects
+    assert machine.state is SendingState.DRAINING
+    assert machine.written([(0, 0)], 0) == [Released(REF, (3,)), Ended(REF, Failure.CANCELLED)]
