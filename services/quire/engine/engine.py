@@ -74,7 +74,7 @@ class Engine:
         priority = request.priority if self.config.scheduling_policy == "priority" else 0
         state = RequestState(
             request=request,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            max_tokens=_max_tokens(request, room),
             stop_token_ids=self._stop_ids(request),
             order=(priority, time.monotonic()),
         )
@@ -151,3 +151,11 @@ class Engine:
         low, high = RETRY_BOUNDS_S
         rate = self.pace.rates().prefill_tokens_per_s
         return min(max(self.scheduler.waiting.num_tokens / 2 / rate, low), high) if rate else low
+
+
+def _max_tokens(request: EngineRequest, room: int) -> int:
+    """Most output tokens of a choice: for another pod's prompt, the first token alone."""
+    if request.is_exported:
+        return 1
+    asked = request.params.max_tokens
+    return room if asked is None else min(asked, room)

@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     from quire.engine.output import ChoiceOutput
     from quire.engine.pace import Rates
     from quire.engine.request import EngineRequest
+    from quire.engine.scheduler.remote import BlocksReady, PrefillNeeded
+    from quire.engine.scheduler.scheduler import DrawnToken
 
 logger = logging.getLogger(__name__)
+
+REMOTE_WAIT_S = 0.05
+"""How often an idle engine looks after the prompts that another worker computes."""
 
 
 class Sink(Protocol):
@@ -31,6 +36,12 @@ class Sink(Protocol):
 
     def on_step(self, record: StepRecord, outputs: list[ChoiceOutput]) -> None:
         """A step finished, or requests ended between steps."""
+
+    def on_prefill_needed(self, needed: list[PrefillNeeded]) -> None:
+        """Admitted requests wait for their prompts to be computed by another worker."""
+
+    def on_blocks_ready(self, ready: list[BlocksReady]) -> None:
+        """Blocks of exported prompts were computed; told before the outputs of the same step."""
 
     def on_added(self, request: EngineRequest) -> None:
         """A submitted request was queued."""
@@ -100,6 +111,11 @@ class EngineLoop:
         """End a request, or one choice of it, with reason "abort". Any thread."""
         self._inbox.put(lambda: self._deliver(self.engine.abort(request_id, choice), 0, 0.0))
 
+    def complete_remote(self, request_id: str, drawn: list[DrawnToken]) -> None:
+        """A prompt that was computed elsewhere is in place, with its first tokens. Any thread."""
+        scheduler = self.engine.scheduler
+        self._inbox.put(lambda: self._deliver(scheduler.complete_remote(request_id, drawn), 0, 0.0))
+
     def call(self, function: Callable[[Engine], None]) -> None:
         """Run a function on the engine thread between two steps. Any thread."""
         self._inbox.put(lambda: function(self.engine))
@@ -123,8 +139,10 @@ class EngineLoop:
             if idle:
                 self._busy = False
                 self.state = self._look()
+            # Prompts that wait for another worker are not work, but their deadlines still pass.
+            timeout_s = REMOTE_WAIT_S if len(self.engine.scheduler.remote) else None
             try:
-                command = self._inbox.get(block=idle)
+                command = self._inbox.get(block=idle, timeout=timeout_s)
             except queue.Empty:
                 return True
             if command is None:
@@ -140,7 +158,17 @@ class EngineLoop:
         outputs = self.engine.step()
         self._last_progress = time.monotonic()
         self.state = self._look()
+        self._hand_out_transfers()
         self._deliver(outputs, counters.computed_tokens - computed, self._last_progress - start)
+
+    def _hand_out_transfers(self) -> None:
+        scheduler = self.engine.scheduler
+        if scheduler.prefill_needed:
+            needed, scheduler.prefill_needed = scheduler.prefill_needed, []
+            self._sink.on_prefill_needed(needed)
+        if scheduler.blocks_ready:
+            ready, scheduler.blocks_ready = scheduler.blocks_ready, []
+            self._sink.on_blocks_ready(ready)
 
     def _add(self, request: EngineRequest) -> None:
         try:

@@ -15,13 +15,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from quire.api import block_hash
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from quire.api.sampling import SamplingParams
     from quire.engine.output import TokenLogprob
 
@@ -37,6 +35,13 @@ class FinishReason(Enum):
     DEADLINE = "deadline"
     ERROR = "error"
     """The model gave no finite number for the choice's next token."""
+
+
+class RemotePrompt(Protocol):
+    """A prompt that another pod computes, as its owner outside the engine keeps it."""
+
+    def fence(self) -> None:
+        """Return when nobody writes into the request's blocks any more. On the engine thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +62,8 @@ class EngineRequest:
     resumed: dict[int, list[int]] = field(default_factory=dict)
     """Choices to go on with and the tokens that earlier attempts gave them; empty at first. Choices
     not listed have ended."""
-    remote_fence: Callable[[], None] | None = None
-    """Given when another pod computes the prompt: stops its writes into this engine's blocks."""
+    remote: RemotePrompt | None = None
+    """Given when another pod computes the prompt."""
     is_exported: bool = False
     """The prompt's blocks are for another pod: report them, and hold them until released."""
 

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from quire.proto import common_pb2 as _common_pb2
+from quire.proto import transfer_pb2 as _transfer_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -60,6 +61,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """session-scoped number chosen by the gateway, never reused"""
@@ -78,6 +80,10 @@ class Submit(_message.Message):
     @_builtins.property
     def sampling(self) -> _common_pb2.Sampling: ...
     @_builtins.property
+    def prefill(self) -> Global___PrefillHint:
+        """absent: prefill here"""
+
+    @_builtins.property
     def resumed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Resumed]:
         """Choices to go on with, when an earlier attempt was lost; empty on the first attempt. Choices that
         are not listed have ended.
@@ -94,17 +100,44 @@ class Submit(_message.Message):
         priority: _builtins.int = ...,
         timeout_ms: _builtins.int | None = ...,
         cache_salt: _builtins.bytes = ...,
+        prefill: Global___PrefillHint | None = ...,
         resumed: _abc.Iterable[Global___Resumed] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "prefill", b"prefill", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "attempt", b"attempt", "cache_salt", b"cache_salt", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request", b"request", "request_id", b"request_id", "resumed", b"resumed", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "attempt", b"attempt", "cache_salt", b"cache_salt", "prefill", b"prefill", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request", b"request", "request_id", b"request_id", "resumed", b"resumed", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout_ms: _TypeAlias = _typing.Literal["timeout_ms"]  # noqa: Y015
     _WhichOneofArgType__timeout_ms: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_ms) -> _WhichOneofReturnType__timeout_ms | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class PrefillHint(_message.Message):
+    """A worker that shall compute the prompt, if that still pays when the request is admitted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """stable name of the pod"""
+    address: _builtins.str
+    """of its Worker service"""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillHint: _TypeAlias = PrefillHint  # noqa: Y015
 
 @_typing.final
 class Resumed(_message.Message):
@@ -362,6 +395,193 @@ class Failure(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
+
+@_typing.final
+class PrefillRequest(_message.Message):
+    """---- Prefill: decode worker -> prefill worker"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    START_BLOCK_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """for logs and traces"""
+    priority: _builtins.int
+    timeout_ms: _builtins.int
+    """time left until the deadline when the message was sent"""
+    cache_salt: _builtins.bytes
+    start_block: _builtins.int
+    """blocks before it are there already and are not sent"""
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def sampling(self) -> _common_pb2.Sampling: ...
+    @_builtins.property
+    def transfer(self) -> _transfer_pb2.KvTransferRef:
+        """where block `start_block` is block 0"""
+
+    @_builtins.property
+    def peer(self) -> _transfer_pb2.KvPeer:
+        """who receives"""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        sampling: _common_pb2.Sampling | None = ...,
+        priority: _builtins.int = ...,
+        timeout_ms: _builtins.int | None = ...,
+        cache_salt: _builtins.bytes = ...,
+        start_block: _builtins.int = ...,
+        transfer: _transfer_pb2.KvTransferRef | None = ...,
+        peer: _transfer_pb2.KvPeer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "peer", b"peer", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "transfer", b"transfer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "cache_salt", b"cache_salt", "peer", b"peer", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "start_block", b"start_block", "timeout_ms", b"timeout_ms", "transfer", b"transfer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__timeout_ms: _TypeAlias = _typing.Literal["timeout_ms"]  # noqa: Y015
+    _WhichOneofArgType__timeout_ms: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_ms) -> _WhichOneofReturnType__timeout_ms | None: ...
+
+Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
+
+@_typing.final
+class PrefillReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def accepted(self) -> Global___PrefillAccepted: ...
+    @_builtins.property
+    def failed(self) -> Global___PrefillFailed: ...
+    def __init__(
+        self,
+        *,
+        accepted: Global___PrefillAccepted | None = ...,
+        failed: Global___PrefillFailed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "failed", b"failed", "reply", b"reply"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "failed", b"failed", "reply", b"reply"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_reply: _TypeAlias = _typing.Literal["accepted", "failed"]  # noqa: Y015
+    _WhichOneofArgType_reply: _TypeAlias = _typing.Literal["reply", b"reply"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_reply) -> _WhichOneofReturnType_reply | None: ...
+
+Global___PrefillReply: _TypeAlias = PrefillReply  # noqa: Y015
+
+@_typing.final
+class PrefillAccepted(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    queued_tokens: _builtins.int
+    """prompt tokens ahead of this job"""
+    def __init__(
+        self,
+        *,
+        queued_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["queued_tokens", b"queued_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillAccepted: _TypeAlias = PrefillAccepted  # noqa: Y015
+
+@_typing.final
+class PrefillFailed(_message.Message):
+    """The job is over without its blocks: prefill elsewhere."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    code: Global___Failure.Code.ValueType
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        code: Global___Failure.Code.ValueType = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillFailed: _TypeAlias = PrefillFailed  # noqa: Y015
+
+@_typing.final
+class FirstTokens(_message.Message):
+    """Travels in the transfer's commit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOICES_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    cached_tokens: _builtins.int
+    """prompt tokens that the prefill worker found in its cache"""
+    queue_s: _builtins.float
+    prefill_s: _builtins.float
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrawnToken]:
+        """one per choice"""
+
+    def __init__(
+        self,
+        *,
+        choices: _abc.Iterable[Global___DrawnToken] | None = ...,
+        cached_tokens: _builtins.int = ...,
+        queue_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "choices", b"choices", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FirstTokens: _TypeAlias = FirstTokens  # noqa: Y015
+
+@_typing.final
+class DrawnToken(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    @_builtins.property
+    def logprob(self) -> _common_pb2.TokenLogprob:
+        """when asked for"""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _common_pb2.TokenLogprob | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrawnToken: _TypeAlias = DrawnToken  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):

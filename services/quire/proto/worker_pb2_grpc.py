@@ -39,6 +39,11 @@ class WorkerStub:
                 request_serializer=quire_dot_proto_dot_worker__pb2.SessionRequest.SerializeToString,
                 response_deserializer=quire_dot_proto_dot_worker__pb2.SessionReply.FromString,
                 _registered_method=True)
+        self.Prefill = channel.unary_stream(
+                '/quire.v1.Worker/Prefill',
+                request_serializer=quire_dot_proto_dot_worker__pb2.PrefillRequest.SerializeToString,
+                response_deserializer=quire_dot_proto_dot_worker__pb2.PrefillReply.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/quire.v1.Worker/Watch',
                 request_serializer=quire_dot_proto_dot_worker__pb2.WatchRequest.SerializeToString,
@@ -58,6 +63,15 @@ class WorkerServicer:
         """One per gateway process: all its requests, multiplexed. The engine's steps become one TokenBatch
         each, holding the tokens of all of this session's requests. When the session's stream ends, for
         whatever reason, every request of it is aborted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prefill(self, request, context):
+        """Another worker asks for a prompt's KV blocks and its first tokens. The blocks, and with the last
+        of them the first tokens, travel by the transfer that the request names; this stream says how
+        the job stands and is cancelled to end it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +98,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=quire_dot_proto_dot_worker__pb2.SessionRequest.FromString,
                     response_serializer=quire_dot_proto_dot_worker__pb2.SessionReply.SerializeToString,
+            ),
+            'Prefill': grpc.unary_stream_rpc_method_handler(
+                    servicer.Prefill,
+                    request_deserializer=quire_dot_proto_dot_worker__pb2.PrefillRequest.FromString,
+                    response_serializer=quire_dot_proto_dot_worker__pb2.PrefillReply.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -123,6 +142,33 @@ class Worker:
             '/quire.v1.Worker/Session',
             quire_dot_proto_dot_worker__pb2.SessionRequest.SerializeToString,
             quire_dot_proto_dot_worker__pb2.SessionReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/quire.v1.Worker/Prefill',
+            quire_dot_proto_dot_worker__pb2.PrefillRequest.SerializeToString,
+            quire_dot_proto_dot_worker__pb2.PrefillReply.FromString,
             options,
             channel_credentials,
             insecure,

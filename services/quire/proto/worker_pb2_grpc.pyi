@@ -36,6 +36,11 @@ class WorkerStub:
     each, holding the tokens of all of this session's requests. When the session's stream ends, for
     whatever reason, every request of it is aborted.
     """
+    Prefill: _grpc.UnaryStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillReply]
+    """Another worker asks for a prompt's KV blocks and its first tokens. The blocks, and with the last
+    of them the first tokens, travel by the transfer that the request names; this stream says how
+    the job stands and is cancelled to end it.
+    """
     Watch: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchRequest, _worker_pb2.WorkerUpdate]
     """State of the worker: start-up phases, then the model, then load and numbered cache events."""
     Control: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ControlRequest, _worker_pb2.ControlReply]
@@ -48,6 +53,11 @@ class WorkerAsyncStub(WorkerStub):
     """One per gateway process: all its requests, multiplexed. The engine's steps become one TokenBatch
     each, holding the tokens of all of this session's requests. When the session's stream ends, for
     whatever reason, every request of it is aborted.
+    """
+    Prefill: _aio.UnaryStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillReply]  # type: ignore[assignment]
+    """Another worker asks for a prompt's KV blocks and its first tokens. The blocks, and with the last
+    of them the first tokens, travel by the transfer that the request names; this stream says how
+    the job stands and is cancelled to end it.
     """
     Watch: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchRequest, _worker_pb2.WorkerUpdate]  # type: ignore[assignment]
     """State of the worker: start-up phases, then the model, then load and numbered cache events."""
@@ -64,6 +74,17 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         """One per gateway process: all its requests, multiplexed. The engine's steps become one TokenBatch
         each, holding the tokens of all of this session's requests. When the session's stream ends, for
         whatever reason, every request of it is aborted.
+        """
+
+    @_abc_1.abstractmethod
+    def Prefill(
+        self,
+        request: _worker_pb2.PrefillRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.PrefillReply], _abc.AsyncIterator[_worker_pb2.PrefillReply]]:
+        """Another worker asks for a prompt's KV blocks and its first tokens. The blocks, and with the last
+        of them the first tokens, travel by the transfer that the request names; this stream says how
+        the job stands and is cancelled to end it.
         """
 
     @_abc_1.abstractmethod

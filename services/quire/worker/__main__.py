@@ -1,7 +1,8 @@
 """`python -m quire.worker`: a worker process, started by `quire serve` or by a pod.
 
 The first line of stdin is a JSON object: {"engine": {...EngineConfig}, "listen": "unix:/path",
-"served_model_name": "..."}. The process ends when stdin closes, so it never outlives its parent.
+"served_model_name": "...", "worker": "name", "transfer": {...TransferConfig}}. Without "transfer"
+no KV blocks are exchanged. The process ends when stdin closes, so it never outlives its parent.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 
 from quire.config.base import from_mapping
 from quire.config.engine import EngineConfig
+from quire.config.transfer import TransferConfig
 
 
 def main() -> int:
@@ -23,14 +25,17 @@ def main() -> int:
         engine = from_mapping(EngineConfig, raw["engine"])
         listen = _check_listen(raw["listen"])
         name = raw.get("served_model_name") or engine.model
+        kv = from_mapping(TransferConfig, raw["transfer"]) if raw.get("transfer") else None
     except (ValueError, TypeError, KeyError) as error:
         print(f"quire: error: bad worker options: {error}", file=sys.stderr)
         return 2
     from quire.telemetry.logging import configure
+    from quire.worker.disaggregation import TransferOptions
     from quire.worker.server import WorkerOptions, serve
 
+    transfer = None if kv is None else TransferOptions(raw.get("worker", listen), kv)
     configure(raw.get("log_level", "info"), raw.get("log_format", "text"))
-    return asyncio.run(serve(WorkerOptions(engine, listen, name)))
+    return asyncio.run(serve(WorkerOptions(engine, listen, name, transfer)))
 
 
 def _check_listen(address: str) -> str:

@@ -6,7 +6,9 @@ import time
 from typing import TYPE_CHECKING
 
 from quire.api.sampling import SamplingParams
+from quire.engine.output import TokenLogprob
 from quire.engine.request import EngineRequest, FinishReason
+from quire.engine.scheduler.scheduler import DrawnToken
 from quire.proto import common_pb2, worker_pb2
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from quire.engine.engine import Engine
     from quire.engine.kv.pool import CacheDigest, CacheEvent
     from quire.engine.loop import EngineState
-    from quire.engine.output import ChoiceOutput, TokenLogprob
+    from quire.engine.output import ChoiceOutput
     from quire.engine.runner.load import Startup
 
 _FINISH = {
@@ -45,6 +47,53 @@ def request_from(submit: worker_pb2.Submit, request_id: str) -> EngineRequest:
         deadline=deadline,
         cache_salt=submit.cache_salt,
         resumed={entry.choice: list(entry.token_ids) for entry in submit.resumed},
+    )
+
+
+def export_from(request: worker_pb2.PrefillRequest, request_id: str) -> EngineRequest:
+    """The engine's request for a prompt whose blocks another worker wants. Raises ApiError."""
+    deadline = None
+    if request.HasField("timeout_ms"):
+        deadline = time.monotonic() + request.timeout_ms / 1000
+    return EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=list(request.prompt_token_ids),
+        params=sampling_from(request.sampling),
+        seed=request.sampling.seed,
+        priority=request.priority,
+        deadline=deadline,
+        cache_salt=request.cache_salt,
+        is_exported=True,
+    )
+
+
+def first_tokens_to(first: dict[int, ChoiceOutput]) -> worker_pb2.FirstTokens:
+    """The first output of each choice, by choice, as it travels in a commit."""
+    message = worker_pb2.FirstTokens()
+    for choice in sorted(first):
+        drawn = message.choices.add(token_id=first[choice].token_ids[0])
+        if first[choice].logprobs:
+            drawn.logprob.CopyFrom(logprob_to(first[choice].logprobs[0]))
+    admission = next((o.admission for o in first.values() if o.admission is not None), None)
+    if admission is not None:
+        message.cached_tokens = admission.cached_tokens
+        message.queue_s, message.prefill_s = admission.queue_s, admission.prefill_s
+    return message
+
+
+def drawn_from(message: worker_pb2.FirstTokens) -> list[DrawnToken]:
+    """The first token of each choice."""
+    drawn = []
+    for choice in message.choices:
+        logprob = logprob_from(choice.logprob) if choice.HasField("logprob") else None
+        drawn.append(DrawnToken(choice.token_id, logprob))
+    return drawn
+
+
+def logprob_from(message: common_pb2.TokenLogprob) -> TokenLogprob:
+    """One token's log-probability."""
+    return TokenLogprob(
+        message.logprob, message.rank, list(message.top_ids), list(message.top_logprobs)
     )
 
 

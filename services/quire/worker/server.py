@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quire.engine.loop import EngineLoop
     from quire.engine.runner.load import Startup
     from quire.telemetry.instruments import Instruments
+    from quire.worker.disaggregation import TransferOptions
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class WorkerOptions:
     listen: str
     """unix:/path, or host:port on a loopback address."""
     served_model_name: str
+    transfer: TransferOptions | None = None
+    """How to exchange KV blocks with other workers; None for not at all."""
 
 
 class _PhaseTimes:
@@ -110,13 +113,18 @@ async def _run(
         return 2
     report.end()
     _publish_facts(engine, instruments)
-    loop = service.attach(engine)
+    try:
+        loop = service.attach(engine, options.transfer)
+    except (ValueError, OSError) as error:
+        print(f"quire: error: {error}", file=sys.stderr, flush=True)
+        return 2
     logger.info("ready: %d KV blocks", engine.pool.num_blocks)
     dead = asyncio.create_task(_watch_engine(service, loop, options.engine.stall_timeout_s))
     await asyncio.wait((dead, orphaned, stopped), return_when=asyncio.FIRST_COMPLETED)
     if dead.done():
         await asyncio.sleep(FLUSH_S)
         return 1
+    await service.detach()
     loop.stop(STOP_TIMEOUT_S)
     return 0
 

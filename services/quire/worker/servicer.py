@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -25,8 +24,10 @@ from quire.engine.loop import EngineLoop
 from quire.engine.request import FinishReason
 from quire.proto import worker_pb2, worker_pb2_grpc
 from quire.telemetry.instruments import render
+from quire.transfer.state import new_number
 from quire.worker import convert
 from quire.worker.cache_feed import CacheFeed
+from quire.worker.disaggregation import Disaggregation, is_export
 from quire.worker.session import GatewaySession, SlowGateway
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from quire.engine.output import ChoiceOutput
     from quire.engine.request import EngineRequest
     from quire.engine.runner.load import Startup
+    from quire.engine.scheduler.remote import BlocksReady, PrefillNeeded
+    from quire.worker.disaggregation import TransferOptions
     from quire.worker.metrics import EngineMetrics
 
 logger = logging.getLogger(__name__)
@@ -52,7 +55,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Serves from the start: until the engine is attached, requests are told to come later."""
 
     def __init__(self, metrics: EngineMetrics, registry: CollectorRegistry) -> None:
-        self.incarnation = secrets.randbits(64)
+        self.incarnation = new_number()
         self.died = asyncio.Event()
         """Set when the engine has failed; every request has been told."""
         self._metrics = metrics
@@ -61,6 +64,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._startup = worker_pb2.Startup(phase="start")
         self._loop: EngineLoop | None = None
         self._sessions: dict[int, GatewaySession] = {}
+        self._disaggregation: Disaggregation | None = None
 
     # ---- start-up
 
@@ -68,11 +72,23 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """Loading went on. Any thread."""
         self._startup = convert.startup_to(startup)
 
-    def attach(self, engine: Engine) -> EngineLoop:
-        """The engine is loaded: serve with it."""
-        self._loop = EngineLoop(engine, self)
-        self._loop.start()
-        return self._loop
+    def attach(self, engine: Engine, transfer: TransferOptions | None) -> EngineLoop:
+        """The engine is loaded: serve with it, and exchange KV blocks if asked to.
+
+        Raises OSError when a port for KV blocks is taken, ValueError when the engine has no pool in
+        host memory.
+        """
+        loop = EngineLoop(engine, self)
+        if transfer is not None:
+            self._disaggregation = Disaggregation.start(loop, transfer, self.incarnation)
+        self._loop = loop
+        loop.start()
+        return loop
+
+    async def detach(self) -> None:
+        """The engine stops: end what is exchanged with other workers."""
+        if self._disaggregation is not None:
+            await self._disaggregation.close()
 
     # ---- Sink: called on the engine thread
 
@@ -85,6 +101,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._metrics.step(record, outputs)
         if outputs:
             self._asyncio.call_soon_threadsafe(self._deliver, record.step, outputs)
+
+    def on_prefill_needed(self, needed: list[PrefillNeeded]) -> None:
+        """Prompts wait for another worker."""
+        if self._disaggregation is not None:
+            self._asyncio.call_soon_threadsafe(self._disaggregation.prefill_needed, needed)
+
+    def on_blocks_ready(self, ready: list[BlocksReady]) -> None:
+        """Blocks for another worker are computed."""
+        if self._disaggregation is not None:
+            self._asyncio.call_soon_threadsafe(self._disaggregation.blocks_ready, ready)
 
     def on_rejected(self, request_id: str, error: ApiError) -> None:
         """A request was refused."""
@@ -100,7 +126,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def _deliver(self, step: int, outputs: list[ChoiceOutput]) -> None:
         by_session: defaultdict[int, list[ChoiceOutput]] = defaultdict(list)
         for output in outputs:
-            if output.finish_reason is FinishReason.ERROR:
+            if is_export(output.request_id):
+                if self._disaggregation is not None:
+                    self._disaggregation.prefill.on_output(output)
+            elif output.finish_reason is FinishReason.ERROR:
                 message = "The model gave no finite number for this request."
                 self._reject(output.request_id, ApiError("internal_error", message))
             else:
@@ -110,6 +139,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 session.deliver(step, share)
 
     def _reject(self, request_id: str, error: ApiError) -> None:
+        if is_export(request_id):
+            if self._disaggregation is not None:
+                self._disaggregation.prefill.on_rejected(request_id, error)
+            return
         session = self._sessions.get(_session_number(request_id))
         if session is not None and request_id in session.requests:
             request, attempt = session.requests.pop(request_id)
@@ -172,11 +205,27 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         except ApiError as error:
             self._reject(request_id, error)
         else:
+            if self._disaggregation is not None:
+                request = self._disaggregation.with_remote_prompt(request, submit)
             self._loop.submit(request)
 
     def _abort(self, request_id: str, choice: int | None) -> None:
         if self._loop is not None:
             self._loop.abort(request_id, choice)
+
+    # ---- Prefill
+
+    async def Prefill(
+        self,
+        request: worker_pb2.PrefillRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.PrefillRequest, worker_pb2.PrefillReply],
+    ) -> AsyncIterator[worker_pb2.PrefillReply]:
+        """Compute a prompt for another worker."""
+        if self._disaggregation is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker exchanges no KV blocks")
+        else:
+            async for reply in self._disaggregation.prefill.serve(request):
+                yield reply
 
     # ---- Watch
 

@@ -11,6 +11,14 @@ from hypothesis import strategies as st
 from quire.engine.scheduler.scheduler import DrawnToken
 
 
+class Remote:
+    def __init__(self, pair: Pair, name: str) -> None:
+        self.pair, self.name = pair, name
+
+    def fence(self) -> None:
+        self.pair._fence(self.name)
+
+
 class Pair:
     """A decode and a prefill engine, and the transfers between them, one block at a time."""
 
@@ -22,9 +30,7 @@ class Pair:
         self.lost: set[str] = set()
 
     def submit(self, name: str, prompt: list[int], **params):
-        request = make_request(
-            name, prompt, extra={"remote_fence": lambda: self._fence(name)}, **params
-        )
+        request = make_request(name, prompt, extra={"remote": Remote(self, name)}, **params)
         self.decode.add_request(request)
         self.transfers[name] = {"request": request}
         return request

@@ -49,6 +49,9 @@ class Backend(Protocol):
         """Give the backend a zeroed pool of `num_blocks` and get the model's step ready to run.
         May be called again: the old pool is dropped."""
 
+    def host_pool(self) -> np.ndarray | None:
+        """The pool as uint8 [num_blocks, block_bytes] when it lies in host memory, not copied."""
+
     def copy_blocks(self, pairs: np.ndarray) -> None:
         """Copy whole blocks; pairs [C, 2] int32 of (source, destination), in order."""
 
@@ -85,13 +88,17 @@ class CpuBackend:
         self.ops = CpuOps(self.layout, limits, self._team)
         self._sampler = CpuSampler(self._team)
         self._program: Program | None = None
+        self._pool: np.ndarray | None = None
 
     def allocate(self, model: Llama, num_blocks: int) -> None:
         """Record the model's step over a new pool."""
-        self._program = None
-        self._program = self.ops.finish(
-            model.forward(self.ops), alloc_pool(self.layout, num_blocks)
-        )
+        self._program = self._pool = None
+        self._pool = alloc_pool(self.layout, num_blocks)
+        self._program = self.ops.finish(model.forward(self.ops), self._pool)
+
+    def host_pool(self) -> np.ndarray | None:
+        """The pool itself."""
+        return self._pool
 
     @property
     def program(self) -> Program:
@@ -143,6 +150,13 @@ class TorchBackend:
         del self.ops.pool  # before the new one is made
         shape = (num_blocks, *self.layout.block_shape)
         self.ops.pool = torch.zeros(shape, dtype=self.ops.dtype, device=self.device)
+
+    def host_pool(self) -> np.ndarray | None:
+        """The pool's bytes, on a CPU."""
+        if self.device_type != "cpu":
+            return None
+        pool: np.ndarray = self.ops.pool.flatten(1).view(torch.uint8).numpy()
+        return pool
 
     def copy_blocks(self, pairs: np.ndarray) -> None:
         """Copy whole blocks."""

@@ -8,7 +8,7 @@ Decode side (`RemotePrefills`), life of a sequence:
     complete   all of the prompt is there, first tokens came along    -> runs as any other
     fall_back  the other pod is lost: what was verified is kept, the rest is computed here
 
-An end from outside (abort, deadline) first calls the sequence's `fence`: after it returns nobody
+An end from outside (abort, deadline) first calls the prompt's `fence`: after it returns nobody
 writes into its blocks any more, so they can be released.
 
 Prefill side (`Exports`): a request that asks for it reports its prompt's blocks as chunks finish,
@@ -23,10 +23,8 @@ from typing import TYPE_CHECKING
 from quire.engine.request import BLOCK_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from quire.engine.kv.pool import BlockPool
-    from quire.engine.request import Sequence
+    from quire.engine.request import RemotePrompt, Sequence
     from quire.engine.scheduler.running import Running
 
 
@@ -35,6 +33,7 @@ class PrefillNeeded:
     """An admitted prompt waits for blocks [start_block, num_blocks) from another pod."""
 
     request_id: str
+    remote: RemotePrompt
     start_block: int
     num_blocks: int
 
@@ -54,14 +53,14 @@ class RemotePrefills:
 
     def __init__(self, running: Running) -> None:
         self._running = running
-        self._waiting: dict[str, tuple[Sequence, Callable[[], None]]] = {}
+        self._waiting: dict[str, tuple[Sequence, RemotePrompt]] = {}
 
-    def open(self, seq: Sequence, fence: Callable[[], None]) -> PrefillNeeded:
-        """An admitted sequence waits for its prompt. `fence` stops writes into its blocks."""
+    def open(self, seq: Sequence, remote: RemotePrompt) -> PrefillNeeded:
+        """An admitted sequence waits for its prompt."""
         request_id = seq.state.request.request_id
-        self._waiting[request_id] = (seq, fence)
+        self._waiting[request_id] = (seq, remote)
         num_blocks = -(-seq.num_tokens // BLOCK_SIZE)
-        return PrefillNeeded(request_id, len(seq.block_table), num_blocks)
+        return PrefillNeeded(request_id, remote, len(seq.block_table), num_blocks)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._waiting
@@ -122,8 +121,8 @@ class RemotePrefills:
     def end(self, request_id: str) -> None:
         """The request ends: stop writes into its blocks, which are released next."""
         if request_id in self._waiting:
-            _, fence = self._waiting.pop(request_id)
-            fence()
+            _, remote = self._waiting.pop(request_id)
+            remote.fence()
 
 
 class Exports:

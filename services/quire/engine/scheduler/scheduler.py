@@ -274,9 +274,9 @@ class Scheduler:
             state.first_scheduled = time.monotonic()
             self.counters.prompt_tokens += seq.num_prompt
         self._count_cached(seq, seq.num_computed)
-        fence = state.request.remote_fence
-        if fence is not None and seq.num_output == 0:
-            self.prefill_needed.append(self.remote.open(seq, fence))
+        remote = state.request.remote
+        if remote is not None and seq.num_output == 0:
+            self.prefill_needed.append(self.remote.open(seq, remote))
         else:
             self.running.sequences.append(seq)
         return seq
