@@ -97,7 +97,9 @@ async def test_a_feature_gives_the_same_answer(trio, feature) -> None:
     sampling = FEATURES[feature]
     ids = [prompt(100 + list(FEATURES).index(feature), length) for length in (40, 96, 300)]
     computed = await trio.decode.metric("quire_step_tokens_sum")
-    got = await ask(trio.decode, [submit(i, p, trio.prefill, **sampling) for i, p in enumerate(ids)])
+    got = await ask(
+        trio.decode, [submit(i, p, trio.prefill, **sampling) for i, p in enumerate(ids)]
+    )
     want = await ask(trio.both, [submit(i, p, **sampling) for i, p in enumerate(ids)])
     same(got, want)
     answered = sum(len(t) for a in got for t in a.tokens.values())

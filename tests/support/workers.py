@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -19,6 +18,7 @@ from quire.proto.worker_pb2_grpc import WorkerStub
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 START_S = 120
 
