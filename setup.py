@@ -37,6 +37,7 @@ BASE_FLAGS = [
     "-Wno-psabi",  # vectors wider than the target's registers are passed between inlined functions
     "-Wno-uninitialized",  # GCC 12 about its own AVX-512 headers
     "-Wno-maybe-uninitialized",
+    "-Wno-unknown-warning-option",  # Clang about the above
 ]
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]

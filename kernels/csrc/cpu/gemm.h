@@ -34,12 +34,15 @@ inline void prefetch_span(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(from) + i);
 }
 
-// acc[row][half] += in[row][0..k) * panel, for ROWS rows.
+// acc[row][half] += in[row][0..k) * panel, for ROWS rows. `cold`: the panel is read for the first
+// time, and the next one should be on its way.
 template <int ROWS, class T>
-void multiply_panel(const float* in, int64_t stride, const T* panel, int64_t k,
+void multiply_panel(const float* in, int64_t stride, const T* panel, int64_t k, bool cold,
                     Lanes (&acc)[ROWS][2]) {
   for (int64_t i = 0; i < k; ++i, panel += kPanel) {
-    if (i % 8 == 0) prefetch_span(panel + kPrefetchBytes / sizeof(T), 8 * kPanel * sizeof(T));
+    if (cold && i % 8 == 0) {
+      prefetch_span(panel + kPrefetchBytes / sizeof(T), 8 * kPanel * sizeof(T));
+    }
     const Lanes low = load(panel);
     const Lanes high = load(panel + kLanes);
     for (int row = 0; row < ROWS; ++row) {
@@ -52,10 +55,12 @@ void multiply_panel(const float* in, int64_t stride, const T* panel, int64_t k,
 
 template <int ROWS>
 void multiply_panel(const BFloat16* in, int64_t stride, const BFloat16* panel, int64_t k,
-                    Lanes (&acc)[ROWS][2]) {
+                    bool cold, Lanes (&acc)[ROWS][2]) {
   constexpr int kHalf = 16 * kLanes * 2;
   for (int64_t block = 0; block < k; block += kPanel, panel += 2 * kHalf) {
-    prefetch_span(panel + kPrefetchBytes / sizeof(BFloat16), 2 * kHalf * sizeof(BFloat16));
+    if (cold) {
+      prefetch_span(panel + kPrefetchBytes / sizeof(BFloat16), 2 * kHalf * sizeof(BFloat16));
+    }
     for (int pair = 0; pair < 16; ++pair) {
       const Pairs low = load_pairs(panel + pair * 2 * kLanes);
       const Pairs high = load_pairs(panel + kHalf + pair * 2 * kLanes);
@@ -78,7 +83,7 @@ void panel_rows(const LinearArgs& args, int64_t row, int64_t rows, int64_t panel
     for (auto& halves : acc) halves[0] = halves[1] = splat(0.0f);
     const auto* weights = static_cast<const typename Format::Weight*>(args.weights);
     multiply_panel<ROWS>(row_of<typename Format::Activation>(args.in, row), args.in.stride,
-                         weights + panel * panel_elements<Format>(args.k), args.k, acc);
+                         weights + panel * panel_elements<Format>(args.k), args.k, row == 0, acc);
     for (int i = 0; i < ROWS; ++i) finish(row + i, panel, acc[i][0], acc[i][1]);
   }
 }

@@ -96,8 +96,8 @@ Team::~Team() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-// Left alone, Linux tends to wake a worker on the CPU of the caller that wakes it when the others are
-// not idle, where the two then take turns.
+// Left alone, Linux tends to wake a worker on the CPU of the caller that wakes it when the others
+// are not idle, where the two then take turns.
 void Team::place_threads() {
 #if defined(__linux__)
   if (cpus_.size() < 2 || num_threads_ == 1) return;
@@ -122,8 +122,8 @@ void Team::place_threads() {
 #endif
 }
 
-// A worker is inside a job while it claims and runs items, and outside while it waits; it comes back
-// only if the job is still the same. So a waiting worker that the system does not let run never
+// A worker is inside a job while it claims and runs items, and outside while it waits; it comes
+// back only if the job is still the same. So a waiting worker that the system does not let run never
 // keeps the caller from returning, or from starting the next job.
 bool Team::enter(uint32_t job) {
   // seq_cst on both sides: either we see the job closed or `wait_for_empty` sees us inside.

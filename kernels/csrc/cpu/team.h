@@ -12,8 +12,8 @@
 // (the gateway beside the engine on two cores), a barrier of all threads would cost a time slice
 // whenever one of them is not running.
 //
-// Results must not depend on which thread does what: a job gives each output element to one item and
-// reduces in an order fixed by the data alone.
+// Results must not depend on which thread does what: a job gives each output element to one item
+// and reduces in an order fixed by the data alone.
 
 #pragma once
 
@@ -87,8 +87,8 @@ class Team {
   // be reused at once but must outlive the call by `settle`.
   void run(Phase* phases, int64_t num_phases, Job& job);
 
-  // Waits until no worker looks at the last job any more: at once, unless a worker has just been put
-  // aside between two items. Workers that wait for a phase or for a job do not look at it.
+  // Waits until no worker looks at the last job any more: at once, unless a worker has just been
+  // put aside between two items. Workers that wait for a phase or for a job do not look at it.
   void settle();
 
   // One phase: body(begin, end) over chunks of [0, n) of at most `grain` (>= 1) indices. Runs on
