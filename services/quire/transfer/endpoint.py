@@ -148,8 +148,8 @@ class Endpoint:
             self._core.receiver.cancel(ref)
             done.set_result(None)
 
-        self._post(cancel)
-        done.result(timeout_s)
+        if self._post(cancel):
+            done.result(timeout_s)
 
     def probe(self, peer: Peer, transport: str, total_bytes: int = 64 << 20) -> Future[Any]:
         """Measure a pair: (round trip in seconds, bytes per second), or LinkRefused. The rates are
@@ -161,11 +161,15 @@ class Endpoint:
     def _lease(self, lease_s: float | None) -> float:
         return self._config.kv_lease_s if lease_s is None else lease_s
 
-    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+    def _post(self, function: Callable[..., None], *arguments: Any) -> bool:
+        """Have it called on the endpoint's thread; False when that has ended."""
         if self._loop is None:
             raise RuntimeError("the endpoint is not started")
-        if not self._loop.is_closed():
+        try:
             self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: every transfer has ended
+            return False
+        return True
 
     def _submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         if self._loop is None:

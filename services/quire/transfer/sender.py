@@ -86,6 +86,9 @@ class Sender:
         """The link stands: open the leg."""
         departing = self._departing.get(ref)
         if departing is None:
+            # Over before it began: the receiver need not find out by its lease.
+            _say(link, ref, Open())
+            _say(link, ref, Fail(Failure.CANCELLED))
             return
         departing.link = link
         link.add(departing)

@@ -17,4 +17,8 @@ def make_transports(config: TransferConfig, node: Node) -> list[Transport]:
 
 
 def _make(name: str, config: TransferConfig, node: Node) -> Transport:
+    if name == "grpc":
+        from quire.transfer.grpc import GrpcTransport
+
+        return GrpcTransport(config, node)
     return TcpTransport(config)
