@@ -67,7 +67,8 @@ class Trio:
 
     def __init__(self, folder, dtype: str, transport: str) -> None:
         engine = ENGINE | {"dtype": dtype}
-        transfer = {"kv_transports": [transport]}
+        # patient: on a busy machine a missed heartbeat would move the prompt to the decode worker
+        transfer = {"kv_transports": [transport], "kv_heartbeat_s": 5.0, "kv_lease_s": 60.0}
         self.decode = WorkerProcess(folder, "decode", engine, transfer)
         self.prefill = WorkerProcess(folder, "prefill", engine, transfer)
         self.both = WorkerProcess(folder, "both", engine)

@@ -74,10 +74,11 @@ def test_bad_words_allowed_tokens_and_stops_hold() -> None:
     )[0].outputs[0]
     assert free[0].outputs[0].text.startswith(word)
     assert not banned.text.startswith(word)
+    stop = free[0].outputs[0].text[20:23]
     stopped = llm.generate(
-        PROMPTS[0], SamplingParams(temperature=0, max_tokens=30, stop=["\n"]), use_tqdm=False
+        PROMPTS[0], SamplingParams(temperature=0, max_tokens=30, stop=[stop]), use_tqdm=False
     )[0].outputs[0]
     assert stopped.finish_reason == "stop"
-    assert stopped.stop_reason == "\n"
-    assert "\n" not in stopped.text
+    assert stopped.stop_reason == stop
+    assert stop not in stopped.text
     assert llm.engine.pool.counts().owned == 0
