@@ -33,12 +33,20 @@ class Decision:
     """None: the decode pod prefills."""
     decode_cached_tokens: int
     """Leading prompt tokens the decode pod is expected to have."""
+    decode_cached_blocks: int
+    """The same in the pod's blocks."""
     prefill_cached_tokens: int
     """Likewise of the prefill pod; 0 without one."""
+    prefill_cached_blocks: int
     expected_ttft_s: float
     """Until the first token, by the router's estimate."""
     late: bool = False
     """The first token is not expected before the query's deadline."""
+
+    @property
+    def expected_cached_tokens(self) -> int:
+        """Prompt tokens expected to be cached where the prompt is prefilled."""
+        return self.decode_cached_tokens if self.prefill_pod is None else self.prefill_cached_tokens
 
 
 @dataclass(frozen=True)

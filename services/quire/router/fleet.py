@@ -36,6 +36,8 @@ TRUST_MEMORY = 0.8
 MIN_TRUST = 0.5
 """A pod trusted less has drifted: its cache is asked for again."""
 FULL_TRUST = 0.95
+DRIFT_PERIOD_S = 30.0
+"""Least seconds between two such questions to one pod."""
 FIRST_SLOTS = 16
 
 
@@ -57,6 +59,7 @@ class Pod:
     slot: int
     incarnation: int
     picks: deque[_Pick] = field(default_factory=deque)
+    next_drift_resync: float = 0.0
     resync: bool = False
     """Its cache has to be asked for again."""
 
@@ -116,6 +119,23 @@ class Fleet:
         pod = self.pods.get(pod_id)
         if pod is not None:
             self._columns["serving"][pod.slot] = False
+
+    def forget_silent(self, pod_id: str, now: float, after_s: float) -> None:
+        """Lose the pod if it has been silent for so long."""
+        pod = self.pods.get(pod_id)
+        if pod is not None and now - self._heard[pod.slot] > after_s:
+            self.lose(pod_id)
+
+    def states(self, now: float) -> dict[str, int]:
+        """How many pods take requests, are suspected to hang, or take none."""
+        slots = [pod.slot for pod in self.pods.values()]
+        serving = self._columns["serving"][slots]
+        silent = now - self._heard[slots] > self._stale_after_s
+        return {
+            "serving": int(np.count_nonzero(serving & ~silent)),
+            "suspect": int(np.count_nonzero(serving & silent)),
+            "away": int(np.count_nonzero(~serving)),
+        }
 
     # ---- reports
 
@@ -221,10 +241,12 @@ class Fleet:
         pod.resync = True
         self._trust[pod.slot] = min(self._trust[pod.slot], MIN_TRUST)
 
-    def observe(self, pod_id: str, predicted: float, actual: float) -> None:
+    def observe(self, pod_id: str, predicted: float, actual: float, now: float) -> None:
         """A request found `actual` cached tokens where `predicted` were expected.
 
-        More than expected is no drift: another router's request may have brought them.
+        More than expected is no drift: another router's request may have brought them. Less may
+        also be a cache so small that blocks leave it before the request comes; asking for the
+        cache again does not help then, so it is not done often.
         """
         pod = self.pods.get(pod_id)
         if pod is None or predicted <= 0:
@@ -232,8 +254,8 @@ class Fleet:
         seen = min(actual / predicted, 1.0)
         trust = TRUST_MEMORY * self._trust[pod.slot] + (1 - TRUST_MEMORY) * seen
         self._trust[pod.slot] = 1.0 if trust > FULL_TRUST else trust
-        if trust < MIN_TRUST:
-            pod.resync = True
+        if trust < MIN_TRUST and now >= pod.next_drift_resync:
+            pod.resync, pod.next_drift_resync = True, now + DRIFT_PERIOD_S
 
     def trust(self, pod: Pod) -> float:
         """Share of the expected hits that the pod has; 1 while nothing speaks against it."""

@@ -28,7 +28,7 @@ MAX_LOAD = 0.7
 
 
 def keys_of(hashes: Iterable[bytes]) -> NDArray[np.uint64]:
-    """Table keys of 16-byte block hashes."""  # [len(hashes)]
+    """Table keys of 16-byte block hashes, given one by one or joined."""  # [len(hashes)]
     keys = np.frombuffer(b"".join(hashes), np.uint64)[::2].copy()
     keys[keys == 0] = 1  # 0 means empty
     return keys

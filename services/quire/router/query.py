@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from quire.api.block_hash import HASH_BYTES
 from quire.router.hash_table import keys_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 class RouteQuery:
     """A request in search of a pod."""
 
-    hashes: Sequence[bytes]
-    """Chained hashes of the prompt's full blocks, 16 bytes each."""
+    hashes: bytes
+    """Chained hashes of the prompt's full blocks, 16 bytes each, one after the other."""
     prompt_len: int
     """Tokens."""
     model: str = ""
@@ -40,10 +39,12 @@ class RouteQuery:
     def __post_init__(self) -> None:
         if self.prompt_len < 1:
             raise ValueError(f"prompt_len must be at least 1, not {self.prompt_len}")
-        if any(len(h) != 16 for h in self.hashes):
-            raise ValueError("hashes must have 16 bytes each")
+        if self.expected_output < 0:
+            raise ValueError(f"expected_output must not be negative, not {self.expected_output}")
+        if len(self.hashes) % HASH_BYTES:
+            raise ValueError(f"hashes must have {HASH_BYTES} bytes each")
 
     @cached_property
     def keys(self) -> NDArray[np.uint64]:
         """The hashes as the index knows them."""
-        return keys_of(self.hashes)
+        return keys_of((self.hashes,))

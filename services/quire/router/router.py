@@ -16,13 +16,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from prometheus_client.registry import CollectorRegistry
 
 from quire.api.errors import ApiError
 from quire.router import cost as c
 from quire.router.decisions import Decision, DecisionRing, Explanation
 from quire.router.fleet import Fleet
+from quire.router.metrics import DecisionMetrics
 from quire.router.policies import build_policy
 from quire.router.policies.cost import prices_of
+from quire.telemetry import metrics as m
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from quire.router.endpoints import Endpoints
     from quire.router.profile import Choice
     from quire.router.query import RouteQuery
+    from quire.telemetry.instruments import Instruments
 
 EXPLAINED_PODS = 32
 """Pods kept with a decision: all of a small fleet, the cheapest of a large one."""
@@ -46,6 +50,7 @@ class Router:
         fleet: Fleet | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        instruments: Instruments | None = None,
     ) -> None:
         self.config = config
         self.fleet = fleet or Fleet(
@@ -53,6 +58,7 @@ class Router:
         )
         self.clock = clock
         self.decisions = DecisionRing(config.max_decisions)
+        self._metrics = DecisionMetrics(instruments or m.router_instruments(CollectorRegistry()))
         self._policy = build_policy(config)
         self._prices = prices_of(config)
         self._rng = np.random.default_rng(config.routing_seed)
@@ -64,15 +70,17 @@ class Router:
 
         Raises ApiError: `not_ready` when no pod may serve it now.
         """
-        now = self.clock()
+        now, started = self.clock(), time.perf_counter()
         pods = self.fleet.endpoints(query, now)
         choice = self._policy.decode.run(query, pods, self._rng)
         if choice is None:
+            self._metrics.refused()
             raise ApiError("not_ready", self._why_none(query, pods), retry_after_s=RETRY_AFTER_S)
         prefill = self._policy.prefill.choose(query, pods, choice.slot, self._rng)
         decision = self._decide(query, pods, choice.slot, prefill)
         self._keep(decision, query, pods, choice)
         self._apply(query, pods, choice.slot, prefill, now)
+        self._metrics.decided(decision, query.prompt_len, time.perf_counter() - started)
         return decision
 
     def observe(self, decision_id: str, actual_cached: int) -> Decision | None:
@@ -84,11 +92,9 @@ class Router:
         if explanation is None:
             return None
         decision = explanation.decision
-        if decision.prefill_pod is None:
-            pod, predicted = decision.decode_pod, decision.decode_cached_tokens
-        else:
-            pod, predicted = decision.prefill_pod, decision.prefill_cached_tokens
-        self.fleet.observe(pod, predicted, actual_cached)
+        pod = decision.prefill_pod or decision.decode_pod
+        self._metrics.observed(decision.expected_cached_tokens, actual_cached)
+        self.fleet.observe(pod, decision.expected_cached_tokens, actual_cached, self.clock())
         return decision
 
     def explain(self, decision_id: str) -> Explanation | None:
@@ -104,14 +110,19 @@ class Router:
             ttft = c.local_ttft(query, pods)[decode]
         else:
             ttft = c.remote_ttft(query, pods, prefill, self._prices)[decode]
+        cached, size = pods.cached_tokens, pods.block_size
+        prefill_cached = 0.0 if prefill is None else cached[prefill]
+        prefill_size = size[decode if prefill is None else prefill]
         self._num_decisions += 1
         return Decision(
             decision_id=f"{self._id_prefix}-{self._num_decisions}",
             policy=self._policy.name,
             decode_pod=pods.pods[decode],
             prefill_pod=None if prefill is None else pods.pods[prefill],
-            decode_cached_tokens=int(pods.cached_tokens[decode]),
-            prefill_cached_tokens=0 if prefill is None else int(pods.cached_tokens[prefill]),
+            decode_cached_tokens=int(cached[decode]),
+            decode_cached_blocks=int(cached[decode] / size[decode]),
+            prefill_cached_tokens=int(prefill_cached),
+            prefill_cached_blocks=int(prefill_cached / prefill_size),
             expected_ttft_s=float(ttft),
             late=query.deadline_s is not None and ttft > query.deadline_s,
         )
@@ -137,7 +148,7 @@ class Router:
         self.decisions.add(
             Explanation(
                 decision=decision,
-                query=replace(query, hashes=()),
+                query=replace(query, hashes=b""),
                 num_pods=len(self.fleet),
                 pods=pods.at(shown),
                 eligible=choice.kept[shown],

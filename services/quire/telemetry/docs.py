@@ -39,6 +39,8 @@ def _lines() -> Iterator[str]:
     yield from _table([d for d in DECLARATIONS if d.component == "engine"])
     yield "\n## Gateway\n"
     yield from _table([d for d in DECLARATIONS if d.component == "gateway"])
+    yield "\n## Router\n"
+    yield from _table([d for d in DECLARATIONS if d.component == "router"])
     yield "\n## Histogram buckets\n"
     yield from _buckets()
 

@@ -28,7 +28,7 @@ from prometheus_client.utils import floatToGoString
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-Component = Literal["engine", "gateway"]
+Component = Literal["engine", "gateway", "router"]
 Kind = Literal["counter", "gauge", "histogram", "info"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -187,7 +187,7 @@ class Instruments(Collector):
     """The live metrics of one component of a process, registered for scraping.
 
     `const_labels` are the values of the labels common to the component: `model_name` and `engine`
-    for an engine, none for a gateway. Raises ValueError when they are not exactly these.
+    for an engine, none for a gateway or router. Raises ValueError when they are not exactly these.
     """
 
     def __init__(

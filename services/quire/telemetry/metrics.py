@@ -56,6 +56,9 @@ STEP_BUCKETS = (
 TOKENIZE_BUCKETS = (
     0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0,
 )  # fmt: skip
+DECISION_BUCKETS = (
+    0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1,
+)  # fmt: skip
 STEP_TOKEN_BUCKETS = tuple(float(1 << i) for i in range(15))
 TOKEN_COUNT_BUCKETS = one_two_five(1_000_000)
 CHOICE_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
@@ -300,6 +303,60 @@ WORKER_RESTARTS = CounterDeclaration(
     name="quire_gateway_worker_restarts", unit="restarts", component="gateway",
     help="Times the worker process was started again after it had died.",
 )  # fmt: skip
+# ---- Router
+
+ROUTER_DECISIONS = CounterDeclaration(
+    name="quire_router_decisions", unit="requests", component="router",
+    help="Routed requests by where their prompt is prefilled.",
+    labels=("prefill",), values=(("local", "remote"),),
+)  # fmt: skip
+ROUTER_REFUSALS = CounterDeclaration(
+    name="quire_router_refusals", unit="requests", component="router",
+    help="Requests for which no pod was ready.",
+)  # fmt: skip
+ROUTER_DECISION_DURATION = HistogramDeclaration(
+    name="quire_router_decision_seconds", unit="seconds", component="router",
+    help="Time of a decision.", buckets=DECISION_BUCKETS,
+)  # fmt: skip
+ROUTER_EXPECTED_TTFT = HistogramDeclaration(
+    name="quire_router_expected_time_to_first_token_seconds", unit="seconds", component="router",
+    help="Time to first token that decisions expected.", buckets=FIRST_TOKEN_BUCKETS,
+)  # fmt: skip
+ROUTER_PROMPT_TOKENS = CounterDeclaration(
+    name="quire_router_prompt_tokens", unit="tokens", component="router",
+    help="Prompt tokens of routed requests.",
+)  # fmt: skip
+ROUTER_EXPECTED_CACHED_TOKENS = CounterDeclaration(
+    name="quire_router_expected_cached_tokens", unit="tokens", component="router",
+    help="Prompt tokens expected to be cached where they are prefilled; observed requests only.",
+)  # fmt: skip
+ROUTER_ACTUAL_CACHED_TOKENS = CounterDeclaration(
+    name="quire_router_actual_cached_tokens", unit="tokens", component="router",
+    help="Prompt tokens that were cached where they were prefilled; observed requests only.",
+)  # fmt: skip
+ROUTER_PODS = GaugeDeclaration(
+    name="quire_router_pods", unit="pods", component="router",
+    help="Pods by state: taking requests, silent for too long, or known and not taking any.",
+    labels=("state",), values=(("serving", "suspect", "away"),),
+)  # fmt: skip
+ROUTER_INDEX_BLOCKS = GaugeDeclaration(
+    name="quire_router_index_blocks", unit="blocks", component="router",
+    help="Different blocks in the prefix index.",
+)  # fmt: skip
+ROUTER_INDEX_BYTES = GaugeDeclaration(
+    name="quire_router_index_bytes", unit="bytes", component="router",
+    help="Memory of the prefix index.",
+)  # fmt: skip
+ROUTER_CACHE_EVENTS = CounterDeclaration(
+    name="quire_router_cache_events", unit="events", component="router",
+    help="Cache events taken in, those of snapshots included.",
+)  # fmt: skip
+ROUTER_RESYNCS = CounterDeclaration(
+    name="quire_router_resyncs", unit="snapshots", component="router",
+    help="Times a pod's cache was asked for again: events missing, another digest, or fewer "
+    "cached tokens than expected.",
+    labels=("reason",), values=(("gap", "digest", "drift"),),
+)  # fmt: skip
 BUILD_INFO = InfoDeclaration(
     name="quire_build_info", component="gateway",
     help="Version of Quire.",
@@ -322,3 +379,8 @@ def engine_instruments(
 def gateway_instruments(registry: CollectorRegistry) -> Instruments:
     """The gateway's metrics, registered."""
     return Instruments("gateway", DECLARATIONS, registry)
+
+
+def router_instruments(registry: CollectorRegistry) -> Instruments:
+    """The router's metrics, registered."""
+    return Instruments("router", DECLARATIONS, registry)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quire.api.block_hash import HASH_BYTES
 from quire.router.filters import DECODE_FILTERS
 from quire.router.pickers import Lowest
 from quire.router.policies.remote_prefill import RemoteForDecodeOnly
@@ -31,7 +32,7 @@ class Rendezvous:
 
     def cost(self, query: RouteQuery, pods: Endpoints) -> Floats:
         """The numbers, in [0, 1)."""
-        first = query.hashes[0] if query.hashes else query.request_id.encode()
+        first = query.hashes[:HASH_BYTES] or query.request_id.encode()
         key = blake2b(query.session.encode() or first, digest_size=32).digest()
         numbers = [
             int.from_bytes(blake2b(pod.encode(), digest_size=8, key=key).digest(), "little")
