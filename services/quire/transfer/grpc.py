@@ -45,7 +45,7 @@ Stream = Any
 class GrpcChannel:
     """One Push stream, either side of it."""
 
-    def __init__(self, stream: Stream, end: Callable[[], None]) -> None:
+    def __init__(self, stream: Stream, end: Callable[[], object]) -> None:
         self._stream = stream
         self._end = end
         self._is_closed = asyncio.Event()
@@ -128,14 +128,15 @@ class GrpcTransport:
         """Open a stream. Raises Unreachable."""
         connection = self._connect(address)
         try:
-            await connection.channel_ready()
-            call = connection.stream_stream(f"/{SERVICE}/Push")()
+            await _connected(connection)
+            call: Stream = connection.stream_stream(f"/{SERVICE}/Push")()
             await call.wait_for_connection()
-        except (grpc.RpcError, asyncio.CancelledError) as error:
+        except grpc.RpcError as error:
             await connection.close()
-            if isinstance(error, asyncio.CancelledError):
-                raise
             raise Unreachable(_words(error)) from error
+        except (Unreachable, asyncio.CancelledError):
+            await connection.close()
+            raise
         channel = GrpcChannel(call, call.cancel)
         self._own(channel, connection)
         return channel
@@ -214,13 +215,23 @@ class GrpcTransport:
         self._finishing.add(task)
 
 
+async def _connected(connection: grpc.aio.Channel) -> None:
+    """Wait for the connection; the first failure counts, where gRPC itself would try for ever."""
+    while (state := connection.get_state(try_to_connect=True)) != grpc.ChannelConnectivity.READY:
+        if state == grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            raise Unreachable("no connection: nobody listens, or its certificate is refused")
+        await connection.wait_for_state_change(state)
+
+
 def _handlers(transport: GrpcTransport) -> grpc.GenericRpcHandler:
     handshake = grpc.unary_unary_rpc_method_handler(
         transport.answer,
         request_deserializer=transfer_pb2.Hello.FromString,
         response_serializer=transfer_pb2.Hello.SerializeToString,
     )
-    push = grpc.stream_stream_rpc_method_handler(transport.push)
+    push: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(
+        transport.push
+    )
     return grpc.method_handlers_generic_handler(SERVICE, {"Handshake": handshake, "Push": push})
 
 

@@ -1,0 +1,221 @@
+"""KV transfer between two real processes, over every transport: identical bytes, and whatever
+happens to one process, the other gives back every block within seconds."""
+
+import importlib.util
+import subprocess
+import time
+
+import pytest
+from transfer_process import RemoteSide, ended, returned
+from transfers import Side
+
+from quire.transfer.layout import BlockLayout
+from quire.transfer.state import Failure
+
+HAS_NIXL = importlib.util.find_spec("nixl_cu12") is not None
+TRANSPORTS = [
+    "tcp",
+    "grpc",
+    pytest.param("nixl", marks=pytest.mark.skipif(not HAS_NIXL, reason="needs nixl-cu12")),
+]
+# 1.5 MiB a block: more than one piece, and a kernel's buffer does not swallow a transfer whole.
+BIG = BlockLayout("tiny", "float32", 16, num_layers=12, num_kv_heads=8, head_dim=128)
+NOTICED_S = 4.0
+
+
+def options(transport, **more):
+    return {"kv_transports": (transport,), "layout": BIG, "num_blocks": 40, **more}
+
+
+def poll(remote, ref, timeout_s=10.0):
+    """The remote side's last event on a transfer."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if (event := ended(remote.told(), ref)) is not None:
+            return event
+        time.sleep(0.02)
+    raise AssertionError(remote.told())
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_identical_bytes_arrive_chunk_by_chunk(transport):
+    with (
+        RemoteSide(seed=1, **options(transport)) as p,
+        Side(seed=2, **options(transport)) as d,
+    ):
+        ref = d.endpoint.receive(30)
+        p.send(ref, d.peer)
+        for first in range(0, 30, 10):
+            d.endpoint.grant(ref, first, range(39 - first, 29 - first, -1))
+            p.offer(ref, first, range(first, first + 10))
+        p.commit(ref, blocks=30, tokens=470, meta=b"m" * 1000)
+        event = d.ended(ref)
+        assert event.failure is None, event
+        assert event.commit.meta == b"m" * 1000
+        assert (d.pool[range(39, 9, -1)] == p.rows(range(30))).all()
+        assert poll(p, ref).failure is None
+        assert returned(p.told(), ref) == list(range(30))
+        assert d.returned(ref) == list(range(10, 40))
+
+
+def start(moment, p, d):
+    """Bring a transfer to a moment. The verbs are the same on both kinds of side."""
+    ref = d.endpoint.receive(30)
+    if moment == "promised":
+        d.endpoint.grant(ref, 0, range(10))
+        return ref
+    p.endpoint.send(ref, d.peer)
+    d.endpoint.grant(ref, 0, range(20))
+    p.endpoint.offer(ref, 0, range(4))
+    deadline = time.monotonic() + 10
+    while len(returned(p.told(), ref)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if moment == "flowing":
+        p.endpoint.offer(ref, 4, range(4, 24))
+    if moment == "committing":
+        # All granted blocks are there, the rest is offered and waits for grants for ever.
+        p.endpoint.offer(ref, 4, range(4, 30))
+        p.endpoint.commit(ref, blocks=30, tokens=480)
+    return ref
+
+
+@pytest.mark.parametrize("moment", ["promised", "open", "flowing", "committing"])
+@pytest.mark.parametrize("how", ["kill", "stop"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_sender_that_dies_or_hangs_leaves_nothing_at_the_receiver(transport, how, moment):
+    with (
+        RemoteSide(seed=1, **options(transport)) as p,
+        Side(seed=2, **options(transport)) as d,
+    ):
+        before = p.rows(range(40))
+        ref = start(moment, p, d)
+        getattr(p, how)()
+        begin = time.monotonic()
+        event = d.ended(ref)
+        assert time.monotonic() - begin < NOTICED_S
+        assert event.failure is (Failure.LEASE if moment == "promised" else Failure.LOST)
+        assert d.returned(ref) == list(range(10 if moment == "promised" else 20))
+        for block, slot in d.delivered(ref).items():
+            assert (d.pool[slot] == before[block]).all()
+        if how == "stop":
+            check_that_a_zombie_writes_nothing(p, d)
+
+
+def check_that_a_zombie_writes_nothing(p, d):
+    """Resumed, the sender sends on what it had begun: not one byte of it may arrive."""
+    held = d.pool.copy()
+    p.resume()
+    time.sleep(0.7)
+    assert (d.pool == held).all()
+
+
+@pytest.mark.parametrize("moment", ["open", "flowing", "committing"])
+@pytest.mark.parametrize("how", ["kill", "stop"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_receiver_that_dies_or_hangs_leaves_nothing_at_the_sender(transport, how, moment):
+    with (
+        Side(seed=1, **options(transport)) as p,
+        RemoteSide(seed=2, **options(transport)) as d,
+    ):
+        ref = start(moment, p, d)
+        getattr(d, how)()
+        begin = time.monotonic()
+        event = p.ended(ref)
+        assert time.monotonic() - begin < NOTICED_S
+        assert event.failure in (Failure.LOST, Failure.LEASE)
+        offered = {"open": 4, "flowing": 24, "committing": 30}[moment]
+        assert p.returned(ref) == list(range(offered))
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_cancel_reaches_the_other_process(transport, who):
+    with (
+        RemoteSide(seed=1, **options(transport)) as p,
+        Side(seed=2, **options(transport)) as d,
+    ):
+        ref = start("flowing", p, d)
+        (p if who == "sender" else d).endpoint.cancel(ref)
+        begin = time.monotonic()
+        assert d.ended(ref).failure in (Failure.CANCELLED, Failure.PEER_CANCELLED)
+        assert poll(p, ref).failure in (
+            Failure.CANCELLED, Failure.PEER_CANCELLED, Failure.FENCED,
+        )  # fmt: skip
+        assert time.monotonic() - begin < NOTICED_S
+        assert d.returned(ref) == list(range(20))
+        assert returned(p.told(), ref) == list(range(24))
+        # and the link still works
+        again = d.endpoint.receive(3)
+        d.endpoint.grant(again, 0, [30, 31, 32])
+        p.endpoint.send(again, d.peer)
+        p.endpoint.offer(again, 0, [5, 6, 7])
+        p.endpoint.commit(again, blocks=3, tokens=48)
+        assert d.ended(again).failure is None
+        assert (d.pool[30:33] == p.rows([5, 6, 7])).all()
+
+
+def test_nobody_at_the_address_is_said_within_the_connect_timeout():
+    with Side(seed=1, kv_transports=("tcp", "grpc")) as p:
+        with Side(seed=2, kv_transports=("tcp", "grpc")) as d:
+            ref, peer = d.endpoint.receive(1), d.peer
+        p.endpoint.send(ref, peer, lease_s=30)
+        event = p.ended(ref, 12)
+        assert event.failure is Failure.UNREACHABLE
+        assert "tcp" in event.detail and "grpc" in event.detail
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """Files of a cluster's authority and one pod, and of a stranger's."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True, cwd=folder)
+
+    for name in ("ours", "strangers"):
+        openssl(
+            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+            "-keyout", f"{name}-ca.key", "-out", f"{name}-ca.pem", "-subj", f"/CN={name}",
+            "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-days", "2",
+        )  # fmt: skip
+        openssl(
+            "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+            "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=pod",
+            "-addext", "subjectAltName=IP:127.0.0.1",
+        )  # fmt: skip
+        openssl(
+            "x509", "-req", "-in", f"{name}.csr", "-CA", f"{name}-ca.pem", "-copy_extensions",
+            "copy", "-CAkey", f"{name}-ca.key", "-out", f"{name}.pem", "-days", "2",
+        )  # fmt: skip
+
+    def files(name):
+        return {
+            "cluster_tls_cert": str(folder / f"{name}.pem"),
+            "cluster_tls_key": str(folder / f"{name}.key"),
+            "cluster_tls_ca": str(folder / f"{name}-ca.pem"),
+        }
+
+    return files
+
+
+@pytest.mark.parametrize("transport", ["tcp", "grpc"])
+def test_mutual_tls_carries_blocks_and_refuses_strangers(transport, certificates):
+    ours = certificates("ours")
+    with (
+        Side(seed=1, **options(transport, **ours, cluster_token="t")) as p,
+        Side(seed=2, **options(transport, **ours, cluster_token="t")) as d,
+        Side(seed=3, **options(transport, **certificates("strangers"))) as stranger,
+        Side(seed=4, **options(transport)) as plain,
+    ):
+        ref = d.endpoint.receive(10)
+        d.endpoint.grant(ref, 0, range(10))
+        for other in (stranger, plain):
+            other.endpoint.send(ref, d.peer)
+            assert other.ended(ref).failure is Failure.UNREACHABLE
+            d.endpoint.renew(ref)
+        p.endpoint.send(ref, d.peer)
+        p.endpoint.offer(ref, 0, range(10))
+        p.endpoint.commit(ref, blocks=10, tokens=160)
+        assert d.ended(ref).failure is None
+        assert (d.pool[:10] == p.pool[:10]).all()
