@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quire.api.sampling import SamplingParams
@@ -35,35 +36,30 @@ _FAILURE_CODES = {"overloaded": _FAILURE.CODE_OVERLOADED, "not_ready": _FAILURE.
 def request_from(submit: worker_pb2.Submit, request_id: str) -> EngineRequest:
     """The engine's request. Raises ApiError when a parameter is out of range: the gateway has
     checked it, but a worker does not rely on that."""
-    deadline = None
-    if submit.HasField("timeout_ms"):
-        deadline = time.monotonic() + submit.timeout_ms / 1000
-    return EngineRequest(
-        request_id=request_id,
-        prompt_token_ids=list(submit.prompt_token_ids),
-        params=sampling_from(submit.sampling),
-        seed=submit.sampling.seed,
-        priority=submit.priority,
-        deadline=deadline,
-        cache_salt=submit.cache_salt,
-        resumed={entry.choice: list(entry.token_ids) for entry in submit.resumed},
-    )
+    resumed = {entry.choice: list(entry.token_ids) for entry in submit.resumed}
+    return replace(_request(submit, request_id), resumed=resumed)
 
 
 def export_from(request: worker_pb2.PrefillRequest, request_id: str) -> EngineRequest:
     """The engine's request for a prompt whose blocks another worker wants. Raises ApiError."""
+    return replace(_request(request, request_id), is_exported=True)
+
+
+def _request(
+    message: worker_pb2.Submit | worker_pb2.PrefillRequest, request_id: str
+) -> EngineRequest:
+    """What both messages say in the same fields."""
     deadline = None
-    if request.HasField("timeout_ms"):
-        deadline = time.monotonic() + request.timeout_ms / 1000
+    if message.HasField("timeout_ms"):
+        deadline = time.monotonic() + message.timeout_ms / 1000
     return EngineRequest(
         request_id=request_id,
-        prompt_token_ids=list(request.prompt_token_ids),
-        params=sampling_from(request.sampling),
-        seed=request.sampling.seed,
-        priority=request.priority,
+        prompt_token_ids=list(message.prompt_token_ids),
+        params=sampling_from(message.sampling),
+        seed=message.sampling.seed,
+        priority=message.priority,
         deadline=deadline,
-        cache_salt=request.cache_salt,
-        is_exported=True,
+        cache_salt=message.cache_salt,
     )
 
 
