@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "triton",
-    "grpcio", "protobuf", "starlette", "uvicorn", "uvloop", "httptools", "msgspec", "pydantic",
+    "grpcio", "protobuf", "starlette", "uvicorn", "uvloop", "httptools", "msgspec",
     "jinja2", "prometheus-client", "httpx2",
 )  # fmt: skip
 CPU_FLAGS = (
