@@ -59,7 +59,6 @@ class Hello(_message.Message):
     LISTENERS_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
-    ONE_SIDED_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     fingerprint: _builtins.bytes
     """of the block layout; tensor-parallel degree not included"""
@@ -82,10 +81,6 @@ class Hello(_message.Message):
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def listeners(self) -> _containers.RepeatedCompositeFieldContainer[Global___Listener]: ...
-    @_builtins.property
-    def one_sided(self) -> Global___OneSided:
-        """present where memory may be written by the other side"""
-
     def __init__(
         self,
         *,
@@ -101,15 +96,12 @@ class Hello(_message.Message):
         listeners: _abc.Iterable[Global___Listener] | None = ...,
         nonce: _builtins.bytes = ...,
         proof: _builtins.bytes = ...,
-        one_sided: Global___OneSided | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_one_sided", b"_one_sided", "one_sided", b"one_sided"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_one_sided", b"_one_sided", "capabilities", b"capabilities", "degree", b"degree", "fingerprint", b"fingerprint", "heartbeat_ms", b"heartbeat_ms", "incarnation", b"incarnation", "layout", b"layout", "listeners", b"listeners", "nonce", b"nonce", "one_sided", b"one_sided", "proof", b"proof", "rank", b"rank", "wire_version", b"wire_version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "degree", b"degree", "fingerprint", b"fingerprint", "heartbeat_ms", b"heartbeat_ms", "incarnation", b"incarnation", "layout", b"layout", "listeners", b"listeners", "nonce", b"nonce", "proof", b"proof", "rank", b"rank", "wire_version", b"wire_version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__one_sided: _TypeAlias = _typing.Literal["one_sided"]  # noqa: Y015
-    _WhichOneofArgType__one_sided: _TypeAlias = _typing.Literal["_one_sided", b"_one_sided"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__one_sided) -> _WhichOneofReturnType__one_sided | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
@@ -140,8 +132,10 @@ class Listener(_message.Message):
 Global___Listener: _TypeAlias = Listener  # noqa: Y015
 
 @_typing.final
-class OneSided(_message.Message):
-    """Memory that the other side of a link writes into, and the agent that owns it."""
+class KvLanding(_message.Message):
+    """Memory that the other side of a link may write into, and the agent that owns it. Sent once the
+    link is authenticated.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -152,7 +146,7 @@ class OneSided(_message.Message):
     agent: _builtins.bytes
     """the agent's metadata"""
     base: _builtins.int
-    """address of the first landing slot"""
+    """address of the first slot"""
     slot_bytes: _builtins.int
     num_slots: _builtins.int
     def __init__(
@@ -169,7 +163,33 @@ class OneSided(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___OneSided: _TypeAlias = OneSided  # noqa: Y015
+Global___KvLanding: _TypeAlias = KvLanding  # noqa: Y015
+
+@_typing.final
+class KvWriter(_message.Message):
+    """The answer to KvLanding."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
+    agent: _builtins.str
+    """name of the writing agent, unique to its process"""
+    drained: _builtins.bool
+    """no earlier write of it to this process is in flight"""
+    def __init__(
+        self,
+        *,
+        agent: _builtins.str = ...,
+        drained: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "drained", b"drained"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvWriter: _TypeAlias = KvWriter  # noqa: Y015
 
 @_typing.final
 class KvPeer(_message.Message):

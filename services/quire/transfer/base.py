@@ -90,6 +90,9 @@ class Counters:
     damaged_pieces: int = 0
     links: Counter[str] = field(default_factory=Counter)
     """Made, by transport."""
+    quarantined_bytes: int = 0
+    """Landing memory that a peer which vanished might still write into; never used again unless
+    that same process says that nothing is in flight."""
     refused_links: int = 0
     """Not authenticated, incompatible or not speaking the protocol."""
     committed: Counter[str] = field(default_factory=Counter)

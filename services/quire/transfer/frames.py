@@ -66,8 +66,10 @@ class Kind(IntEnum):
     FAIL = 16  # both: over, with the reason (proto Refusal)
     FENCED = 17  # R: I know no such transfer; nothing was copied
     KEEP = 18  # both: I still hold my side of this transfer
-    LANDED = 20  # S: pieces were written into your landing slots (one-sided transports)
-    CREDIT = 21  # R: landing slots you may write into
+    LANDING = 20  # R: memory you may write into (proto KvLanding); one-sided transports only
+    WRITER = 21  # S: who will write (proto KvWriter)
+    LANDED = 22  # S: landing slot `first` holds the payload of the frame whose head is the body
+    CREDIT = 23  # R: landing slot `first` may be written again
 
 
 class Header(NamedTuple):

@@ -96,7 +96,7 @@ class Intake:
             else:
                 self._end_body()
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """The same for bytes that are already in memory. Raises FrameError."""
         view = memoryview(data)
         while view:

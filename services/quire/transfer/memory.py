@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
+
+from quire.transfer.layout import PIECE_BYTES
 
 
 class PoolMemory:
@@ -16,6 +19,12 @@ class PoolMemory:
         self._view = view
         self.block_bytes = block_bytes
         self.num_blocks = view.nbytes // block_bytes
+        self.probe = memoryview(bytearray(PIECE_BYTES))
+
+    @property
+    def pool(self) -> memoryview:
+        """All of it."""
+        return self._view
 
     def view(self, slot: int, offset: int, length: int) -> memoryview:
         """Bytes [offset, offset + length) of a block. Raises IndexError outside the pool."""
@@ -25,5 +34,10 @@ class PoolMemory:
         return self._view[start : start + length]
 
     def probe_bytes(self, length: int) -> memoryview:
-        """Bytes to measure a connection with: not the pool's, which may hold someone's text."""
-        return memoryview(bytes(length))
+        """Up to 1 MiB to measure a link with: not the pool's, which may hold someone's text."""
+        return self.probe[:length]
+
+
+def address_of(view: Any) -> int:
+    """Where a writable buffer begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))

@@ -56,6 +56,11 @@ class TcpChannel(asyncio.BufferedProtocol):
         if not self._flushed.is_set():
             await self._flushed.wait()
 
+    def post(self, frame: bytes) -> None:
+        """Send a small frame without waiting."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
+
     def close(self) -> None:
         """Reset the connection."""
         if self._transport is not None:

@@ -21,4 +21,8 @@ def _make(name: str, config: TransferConfig, node: Node) -> Transport:
         from quire.transfer.grpc import GrpcTransport
 
         return GrpcTransport(config, node)
+    if name == "nixl":
+        from quire.transfer.nixl import NixlTransport
+
+        return NixlTransport(config, node)
     return TcpTransport(config)
