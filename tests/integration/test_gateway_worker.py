@@ -13,6 +13,7 @@ import pytest
 import tokenizer_folders
 from gateway_server import MODEL, gateway
 
+from quire.gateway.continuation import Continuation
 from quire.gateway.fake_worker import speak
 from quire.gateway.generation import Generation
 from quire.gateway.replies import Replies
@@ -75,7 +76,8 @@ def test_start_is_told_and_requests_wait_for_it(tokenizer, socket_path):
             "state": "starting", "done": 1, "total": 4, "unit": "shards",
         }  # fmt: skip
         assert set(progress.json) == {
-            "state", "phase", "detail", "done", "total", "unit", "elapsed_seconds",
+            "state", "phase", "detail", "done", "total", "unit", "elapsed_seconds", "workers",
+            "workers_ready",
         }  # fmt: skip
         for path in ("/readyz", "/health", "/ping", "/v1/models", "/startupz"):
             assert server.get(path).status == 503
@@ -120,7 +122,7 @@ def test_nothing_is_left_of_requests_that_ended_in_any_way(tokenizer, socket_pat
 
         def objects():
             gc.collect()
-            kinds = (Replies, Generation, EventStream, RequestClock, _Pending)
+            kinds = (Replies, Generation, EventStream, RequestClock, Continuation, _Pending)
             return sum(type(o) in kinds for o in gc.get_objects())
 
         async def num_tasks():
@@ -155,45 +157,74 @@ def in_background(call):
     return thread, results
 
 
-@pytest.mark.parametrize("how", ["killed", "session ends", "watch ends"])
+@pytest.mark.parametrize("how", ["killed", "session ends", "watch ends", "falls silent"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_loss_of_the_worker_ends_requests_and_it_may_come_back(tokenizer, socket_path, how, stream):
+def test_a_request_goes_on_when_its_only_worker_comes_back(tokenizer, socket_path, how, stream):
     """A killed worker can look like an orderly end of the stream: both are losses."""
-    script = speak(words(tokenizer, 200), delay_s=0.02)
-    with gateway(tokenizer, script, grpc_socket=socket_path) as server:
+    spoken = words(tokenizer, 50)
+    script = speak(spoken, delay_s=0.02)
+    with gateway(tokenizer, script, grpc_socket=socket_path, worker_silence=0.6) as server:
         thread, results = in_background(lambda: server.chat(stream=stream))
         server.until(lambda: server.worker.submitted)
         server.until(lambda: "output_tokens_total 0.0" not in server.get("/metrics").text)
         old = server.worker
         if how == "killed":
             server.run(server.grpc_server.stop(None))
-        elif how == "session ends":
-            server.loop.call_soon_threadsafe(old.end_session.set)
-        else:
-            server.loop.call_soon_threadsafe(old.end_watch.set)
-        thread.join(30)
-        (answer,) = results
-        if stream:
-            assert answer.status == 200
-            assert answer.events[-1]["error"]["code"] == "worker_lost"
-            assert answer.events[-1]["error"]["type"] == "server_error"
-            assert answer.text.endswith("data: [DONE]\n\n")
-        else:
-            assert (answer.status, answer.error["code"]) == (503, "worker_lost")
-            assert answer.headers["retry-after"]
-        if how == "killed":
-            assert server.get("/readyz").status == 503
+            server.until(lambda: server.get("/readyz").status == 503)
             assert "quire_gateway_worker_up 0.0" in server.get("/metrics").text
-            server.worker = fake_servicer.FakeServicer(old.model, speak(words(tokenizer)))
+            server.worker = fake_servicer.FakeServicer(old.model, script)
             server.grpc_server = server.run(
                 fake_servicer.start(server.worker, server.worker_address)
             )
         else:
-            old.end_session.clear()
-            old.end_watch.clear()
-            old.script = speak(words(tokenizer))
-        server.until(lambda: server.get("/readyz").status == 200)
-        assert server.chat().status == 200
+            event = {
+                "session ends": old.end_session, "watch ends": old.end_watch,
+                "falls silent": old.hold_watch,
+            }[how]  # fmt: skip
+            server.loop.call_soon_threadsafe(event.set)
+            server.until(lambda: server.get("/readyz").status == 503)
+            server.loop.call_soon_threadsafe(event.clear)
+        thread.join(30)
+        (answer,) = results
+        assert answer.status == 200
+        if stream:
+            chunks = [e["choices"][0] for e in answer.events]
+            text = "".join(c["delta"].get("content", "") for c in chunks)
+            assert sum(c["delta"].get("role") is not None for c in chunks) == 1
+        else:
+            text = answer.json["choices"][0]["message"]["content"]
+            assert answer.json["usage"]["completion_tokens"] == len(spoken)
+        assert text == "Hello world" * 50
+        resumed = server.worker.submitted[-1]
+        assert resumed.attempt == 1
+        assert list(resumed.resumed[0].token_ids) == spoken[: len(resumed.resumed[0].token_ids)]
+        reason = "silent" if how == "falls silent" else "lost"
+        page = server.get("/metrics").text
+        assert f'quire_gateway_resubmissions_total{{reason="{reason}"}} 1.0' in page
+
+
+def test_a_request_fails_when_its_worker_does_not_come_back_in_time(tokenizer, socket_path):
+    script = speak(words(tokenizer, 200), delay_s=0.02)
+    with gateway(tokenizer, script, grpc_socket=socket_path, worker_wait=0.5) as server:
+        for stream in (True, False):
+            thread, results = in_background(lambda stream=stream: server.chat(stream=stream))
+            server.until(lambda: server.get("/load").json["server_load"] == 1)
+            server.until(lambda: server.worker.submitted)
+            server.worker.submitted.clear()
+            server.run(server.grpc_server.stop(None))
+            thread.join(30)
+            (answer,) = results
+            if stream and answer.status == 200:
+                assert answer.events[-1]["error"]["code"] == "worker_lost"
+                assert answer.events[-1]["error"]["type"] == "server_error"
+                assert answer.text.endswith("data: [DONE]\n\n")
+            else:
+                assert (answer.status, answer.error["code"]) == (503, "worker_lost")
+                assert answer.headers["retry-after"]
+            server.grpc_server = server.run(
+                fake_servicer.start(server.worker, server.worker_address)
+            )
+            server.until(lambda: server.get("/readyz").status == 200)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -214,7 +245,7 @@ def test_stop_string_ends_the_request_at_the_worker(tokenizer, socket_path, stre
 
 
 def test_choices_that_stopped_are_not_mixed_up_with_those_that_go_on(tokenizer):
-    """The engine goes on with a choice that ended at a stop string until all of them have."""
+    """The engine may go on for a while with a choice that ended at a stop string."""
     hello, world = tokenizer.encode("Hello world")
 
     async def script(submit):
@@ -233,6 +264,7 @@ def test_choices_that_stopped_are_not_mixed_up_with_those_that_go_on(tokenizer):
         choices = server.chat(n=2, stop="world").json["choices"]
         assert [c["message"]["content"] for c in choices] == ["Hello" * 6, "HelloHello "]
         assert [c["finish_reason"] for c in choices] == ["length", "stop"]
+        assert server.worker.aborted_choices == [(1, 1)]
 
 
 def test_what_the_worker_is_told(tokenizer, socket_path):
@@ -321,14 +353,23 @@ def test_repeated_and_stale_tokens_are_dropped(tokenizer):
         assert answer["usage"]["completion_tokens"] == 2
 
 
-def test_missing_tokens_are_a_loss_not_a_hole(tokenizer):
+def test_missing_tokens_are_asked_for_again(tokenizer):
+    hello, world = tokenizer.encode("Hello world")
+
     async def script(submit):
-        yield worker_pb2.ChoiceOutput(token_ids=[5])
-        await asyncio.sleep(0.05)
-        yield worker_pb2.ChoiceOutput(position=3, token_ids=[6])
-        await asyncio.sleep(30)
+        out = worker_pb2.ChoiceOutput
+        if submit.attempt == 0:
+            yield out(token_ids=[hello])
+            await asyncio.sleep(0.05)
+            yield out(position=3, token_ids=[hello])
+            await asyncio.sleep(30)
+        assert [list(r.token_ids) for r in submit.resumed] == [[hello]]
+        end = common_pb2.FINISH_REASON_LENGTH
+        yield out(attempt=1, position=1, token_ids=[world], finish_reason=end)
 
     with gateway(tokenizer, script) as server:
-        answer = server.chat(stream=True)
-        assert answer.events[-1]["error"]["code"] == "worker_lost"
-        server.until(lambda: server.worker.aborted)
+        text = "".join(
+            e["choices"][0]["delta"].get("content", "") for e in server.chat(stream=True).events
+        )
+        assert text == "Hello world"
+        server.until(lambda: server.worker.aborted == [1])

@@ -25,6 +25,8 @@ class FakeServicer(worker_pb2_grpc.WorkerServicer):
         self.sessions = 0
         self.end_watch = asyncio.Event()
         self.end_session = asyncio.Event()
+        self.hold_watch = asyncio.Event()
+        """Set: Watch says nothing, as if the process was stopped."""
 
     async def Watch(self, request, context):
         while self.model is None:
@@ -32,7 +34,9 @@ class FakeServicer(worker_pb2_grpc.WorkerServicer):
             await asyncio.sleep(0.05)
         yield worker_pb2.WorkerUpdate(model=self.model)
         while not self.end_watch.is_set():
-            yield worker_pb2.WorkerUpdate(load=worker_pb2.Load(step=1, running=len(self.submitted)))
+            if not self.hold_watch.is_set():
+                load = worker_pb2.Load(step=1, running=len(self.submitted))
+                yield worker_pb2.WorkerUpdate(load=load)
             await asyncio.sleep(0.1)
 
     async def Session(self, request_iterator, context):
@@ -62,7 +66,7 @@ class FakeServicer(worker_pb2_grpc.WorkerServicer):
                     submit = message.submit
                     self.submitted.append(submit)
                     playing[submit.request] = asyncio.create_task(self._play(submit, replies))
-                else:
+                elif not message.abort.HasField("choice"):
                     self.aborted.append(message.abort.request)
                     playing[message.abort.request].cancel()
         finally:

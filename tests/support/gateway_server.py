@@ -175,7 +175,7 @@ async def _serve(tokenizer, script, info, grpc_socket, wait, config, started, re
     app = create_app(
         GatewayConfig(**config),
         EngineConfig(model=str(tokenizer.folder)),
-        address or worker,
+        [address or worker],
         gateway_instruments(registry),
         registry,
     )

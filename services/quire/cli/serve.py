@@ -1,8 +1,8 @@
-"""`quire serve MODEL`: the HTTP server in this process, the engine in a child.
+"""`quire serve MODEL`: the HTTP server in this process, each engine in a child.
 
-Order of a start: options, socket (the port is open from here on), worker process, and only then
+Order of a start: options, socket (the port is open from here on), worker processes, and only then
 the imports of the HTTP stack, which take as long as everything before together. Order of an end:
-no new connections, requests in progress finish or run out of time, worker, exit.
+no new connections, requests in progress finish or run out of time, workers, exit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.listen import ListenError, closing, listen
-from quire.cli.startup import StartupWatch, display_for
-from quire.cli.supervisor import Supervisor, private_socket
-from quire.config.base import to_mapping
+from quire.cli.replicas import Replicas, replicas_of
+from quire.cli.startup import Quiet, StartupWatch
+from quire.cli.supervisor import private_folder
 from quire.config.engine import EngineConfig
 from quire.config.flags import Command, parse
 from quire.config.gateway import GatewayConfig
@@ -33,6 +33,7 @@ from quire.telemetry.metrics import WORKER_RESTARTS, gateway_instruments
 if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
+    from pathlib import Path
 
     import uvicorn
 
@@ -53,6 +54,8 @@ FORCED = 130
 TERMINATED = 143
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 READY_POLL_S = 0.05
+SPAWN_S = 0.01
+"""For the supervisors to start their processes."""
 GIVE_UP_GRACE_S = 1
 """For answering requests that waited for a worker which will not come."""
 
@@ -70,11 +73,11 @@ def run(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _exit_early)
     import uvloop
 
-    with closing(gateway, sock), private_socket() as worker_socket:
+    with closing(gateway, sock), private_folder() as folder:
         serving = _Serving(resolved, gateway, sock)
-        if gateway.worker is not None:
-            return uvloop.run(serving.with_worker_at(gateway.worker))
-        return uvloop.run(serving.with_own_worker(worker_socket))
+        if gateway.worker:
+            return uvloop.run(serving.with_workers_at(gateway.worker))
+        return uvloop.run(serving.with_own_workers(folder))
 
 
 @dataclass
@@ -86,6 +89,8 @@ class _Serving:
     """With the port that was bound, where the option said 0."""
     sock: socket.socket
     greeted: bool = False
+    app: Any = None
+    """The ASGI application, once it is built."""
 
     def __post_init__(self) -> None:
         self.engine = self.resolved.get(EngineConfig)
@@ -97,39 +102,37 @@ class _Serving:
     def model_name(self) -> str:
         return next(iter(self.gateway.served_model_name), self.engine.model)
 
-    async def with_worker_at(self, address: str) -> int:
-        """Serve with a worker that somebody else runs."""
-        return await self._serve(address, None)
+    async def with_workers_at(self, addresses: tuple[str, ...]) -> int:
+        """Serve with workers that somebody else runs."""
+        watches = [StartupWatch(address, Quiet(), self._ready) for address in addresses]
+        return await self._serve(addresses, None, watches)
 
-    async def with_own_worker(self, worker_socket: Any) -> int:
-        """Serve with a worker of our own, which ends when this does."""
+    async def with_own_workers(self, folder: Path) -> int:
+        """Serve with workers of our own, which end when this does."""
         log = self.resolved.get(LogConfig)
-        supervisor = Supervisor(
-            options={
-                "engine": to_mapping(self.engine),
-                "listen": f"unix:{worker_socket}",
-                "served_model_name": self.model_name,
-                "log_level": log.log_level,
-                "log_format": log.log_format,
-            },
-            socket=worker_socket,
-            on_restart=self.instruments.get(WORKER_RESTARTS).inc,
-        )
-        return await self._serve(f"unix:{worker_socket}", supervisor)
+        common = {
+            "served_model_name": self.model_name,
+            "log_level": log.log_level,
+            "log_format": log.log_format,
+        }
+        on_restart = self.instruments.get(WORKER_RESTARTS).inc
+        replicas = replicas_of(self.engine, self.gateway.replicas, folder, common, on_restart)
+        return await self._serve(replicas.addresses, replicas, replicas.watches(self._ready))
 
-    async def _serve(self, address: str, supervisor: Supervisor | None) -> int:
-        with _Signals(supervisor) as signals:
-            worker = asyncio.create_task(supervisor.run()) if supervisor is not None else None
-            await asyncio.sleep(0)  # the worker starts before the imports below
-            server = self._make_server(address)
+    async def _serve(
+        self, addresses: Sequence[str], replicas: Replicas | None, watches: list[StartupWatch]
+    ) -> int:
+        with _Signals(replicas) as signals:
+            workers = asyncio.create_task(replicas.run()) if replicas is not None else None
+            await asyncio.sleep(SPAWN_S)  # the workers start before the imports below
+            server = self._make_server(addresses)
             signals.attach(server)
-            watch = self._watch(server.config.app, address, supervisor)
-            watching = asyncio.create_task(watch.run())
+            watching = asyncio.gather(*(watch.run() for watch in watches))
             try:
                 serving = asyncio.create_task(server.serve(sockets=[self.sock]))
-                waiting = {serving} if worker is None else {serving, worker}
+                waiting = {serving} if workers is None else {serving, workers}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                if not serving.done():  # the worker was given up
+                if not serving.done():  # every worker was given up
                     server.config.timeout_graceful_shutdown = GIVE_UP_GRACE_S
                     server.should_exit = True
                 await serving
@@ -137,18 +140,19 @@ class _Serving:
                 watching.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await watching
-                if supervisor is not None:
-                    await supervisor.stop()
-            code = await worker if worker is not None else 0
+                if replicas is not None:
+                    await replicas.stop()
+            code = await workers if workers is not None else 0
             return FORCED if server.force_exit else code
 
-    def _make_server(self, address: str) -> uvicorn.Server:
+    def _make_server(self, addresses: Sequence[str]) -> uvicorn.Server:
         import uvicorn
 
         from quire.gateway.app import create_app
         from quire.gateway.http_protocol import BoundedHttpProtocol
 
-        app = create_app(self.gateway, self.engine, address, self.instruments, self.registry)
+        app = create_app(self.gateway, self.engine, addresses, self.instruments, self.registry)
+        self.app = app
         config = uvicorn.Config(
             app,
             http=BoundedHttpProtocol,
@@ -168,23 +172,17 @@ class _Serving:
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
         return server
 
-    def _watch(self, app: Any, address: str, supervisor: Supervisor | None) -> StartupWatch:
-        """Show each start of the worker; at the end of the first, say how to use the server."""
-
-        async def ready() -> None:
-            if supervisor is not None:
-                supervisor.ready()
-            # The application has yet to notice, and only its probe says when it has.
-            while await _status(app, "/readyz") != 200:  # noqa: ASYNC110
-                await asyncio.sleep(READY_POLL_S)
-            if self.greeted:
-                logger.info("ready again")
-            else:
-                took = time.monotonic() - self.began
-                print(greeting(self.gateway, self.model_name, took), flush=True)
+    async def _ready(self) -> None:
+        """A worker is ready; for the first one, say how to use the server."""
+        # The application has yet to notice, and only its probe says when it has.
+        while self.app is None or await _status(self.app, "/readyz") != 200:  # noqa: ASYNC110
+            await asyncio.sleep(READY_POLL_S)
+        if self.greeted:
+            logger.info("another worker is ready")
+        else:
             self.greeted = True
-
-        return StartupWatch(address, display_for(), ready)
+            took = time.monotonic() - self.began
+            print(greeting(self.gateway, self.model_name, took), flush=True)
 
 
 def greeting(gateway: GatewayConfig, model: str, took_s: float) -> str:
@@ -228,8 +226,8 @@ def _exit_early(*_: object) -> None:
 class _Signals:
     """SIGTERM and SIGINT drain and end the server; a second one ends it at once."""
 
-    def __init__(self, supervisor: Supervisor | None) -> None:
-        self._supervisor = supervisor
+    def __init__(self, replicas: Replicas | None) -> None:
+        self._replicas = replicas
         self._server: uvicorn.Server | None = None
         self._seen = 0
 
@@ -253,8 +251,8 @@ class _Signals:
             return
         if self._seen > 1:
             self._server.force_exit = True
-            if self._supervisor is not None:
-                self._supervisor.kill()
+            if self._replicas is not None:
+                self._replicas.kill()
         else:
             logger.info("%s: finishing requests in progress; once more to stop now", name)
             self._server.should_exit = True

@@ -66,6 +66,16 @@ class LogLines:
         """Nothing to clear."""
 
 
+class Quiet:
+    """Shows nothing."""
+
+    def show(self, text: str) -> None:
+        """Nothing."""
+
+    def done(self) -> None:
+        """Nothing."""
+
+
 def display_for(stream: TextIO | None = None) -> Display:
     """A moving line when the stream is a terminal."""
     stream = stream or sys.stderr

@@ -153,14 +153,14 @@ class Supervisor:
 
 
 @contextlib.contextmanager
-def private_socket() -> Iterator[Path]:
-    """Path for a Unix socket in a new folder that only this user can enter; removed afterwards."""
+def private_folder() -> Iterator[Path]:
+    """A new folder for Unix sockets that only this user can enter; removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="quire-"))  # mode 0700
     try:
-        if len(bytes(folder)) > MAX_SOCKET_PATH - len("/worker.sock"):
+        if len(bytes(folder)) > MAX_SOCKET_PATH - len("/worker-999.sock"):
             shutil.rmtree(folder)
             folder = Path(tempfile.mkdtemp(prefix="quire-", dir="/tmp"))
-        yield folder / "worker.sock"
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

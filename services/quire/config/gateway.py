@@ -9,6 +9,14 @@ from quire.config.base import check_fields
 from quire.config.option import option
 
 MIB = 1 << 20
+_NOT_NEGATIVE = (
+    "sse_keep_alive_interval", "shutdown_timeout", "request_timeout", "max_resubmissions",
+    "worker_wait",
+)  # fmt: skip
+_POSITIVE = ("worker_silence", "max_step_age")
+_AT_LEAST_ONE = (
+    "max_body_bytes", "max_open_requests", "max_stream_backlog", "tokenizer_threads", "replicas",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +64,20 @@ class GatewayConfig:
     """Jinja chat template, as a file or as text; the tokenizer's own by default."""
     response_role: str = option("assistant", "served model")
     """Role of the generated message."""
-    worker: str | None = option(None, "served model")
-    """gRPC address of a running worker (host:port or unix:/path); otherwise one is started."""
+    replicas: int = option(1, "workers")
+    """Worker processes to start, each with the whole model."""
+    worker: tuple[str, ...] = option((), "workers")
+    """gRPC address of a running worker (host:port or unix:/path), several are allowed; none is
+    started then."""
+    worker_silence: float = option(3.0, "workers")
+    """Seconds without a sign of life, one is due every second, after which a worker is lost and its
+    requests go on elsewhere."""
+    max_step_age: float = option(30.0, "workers")
+    """Seconds an engine with work may take for a step before its requests go on elsewhere."""
+    max_resubmissions: int = option(3, "workers")
+    """How often in a row, without a new token, a request is sent again before it fails."""
+    worker_wait: float = option(60.0, "workers")
+    """Seconds a request whose worker was lost waits for another one, or for it to come back."""
 
     max_body_bytes: int = option(16 * MIB, "limits")
     """Largest request body (suffixes K, M, G); more is a 413."""
@@ -78,19 +98,23 @@ class GatewayConfig:
             raise ValueError("ssl_keyfile and ssl_certfile go together; only one is given")
         if any(not key for key in self.api_key):
             raise ValueError("api_key must not be empty")
-        for name in ("sse_keep_alive_interval", "shutdown_timeout", "request_timeout"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        for name in (
-            "max_body_bytes", "max_open_requests", "max_stream_backlog", "tokenizer_threads",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        self._check_numbers()
         if not (self.is_local or self.api_key or self.allow_unauthenticated):
             raise ValueError(
                 f"host {self.host} is open to the network and no API key is set: give --api-key, "
                 "keep --host 127.0.0.1, or say --allow-unauthenticated"
             )
+
+    def _check_numbers(self) -> None:
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @property
     def is_local(self) -> bool:

@@ -20,17 +20,19 @@ from quire import __version__
 from quire.gateway.admission import Admission
 from quire.gateway.auth import Authentication, api_keys
 from quire.gateway.boundary import Boundary
+from quire.gateway.continuation import Patience
 from quire.gateway.health import Health
 from quire.gateway.pacemaker import Pacemaker
 from quire.gateway.pipeline import Parts, Pipeline
 from quire.gateway.routes import Facts, ModelRoutes, TokenRoutes, embeddings
 from quire.gateway.served_model import ModelLoader
 from quire.gateway.traffic import Traffic
-from quire.gateway.worker_client import WorkerClient
+from quire.gateway.worker_client import Vigilance, WorkerClient
+from quire.gateway.workers import Workers
 from quire.telemetry import metrics as m
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
     from prometheus_client.registry import CollectorRegistry
     from starlette.routing import BaseRoute
@@ -47,28 +49,28 @@ logger = logging.getLogger(__name__)
 def create_app(
     config: GatewayConfig,
     engine: EngineConfig,
-    worker: str | Worker,
+    workers: Sequence[str | Worker],
     instruments: Instruments,
     registry: CollectorRegistry,
 ) -> ASGIApp:
-    """The gateway for one worker, given by its gRPC address or as an object.
+    """The gateway for the workers of one model, each given by its gRPC address or as an object.
 
     `engine` says where the tokenizer is; `registry` is what /metrics shows, with `instruments`
-    registered in it. The lifespan must run: it keeps the connection to the worker.
+    registered in it. The lifespan must run: it keeps the connections to the workers.
     """
-    if isinstance(worker, str):
-        worker = WorkerClient(worker, max_backlog=config.max_stream_backlog)
+    traffic = Traffic(instruments)
+    fleet = _connected(workers, config, traffic)
     parts = Parts(
         config=config,
-        worker=worker,
-        models=ModelLoader(config, engine, worker),
+        workers=fleet,
+        models=ModelLoader(config, engine, fleet),
         admission=Admission(config.max_open_requests),
         pacemaker=Pacemaker(config.sse_keep_alive_interval),
-        traffic=Traffic(instruments),
+        traffic=traffic,
         threads=ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize"),
     )
     instruments.get(m.BUILD_INFO).set(version=__version__, python=platform.python_version())
-    routes = _routes(parts, Health(worker, parts.models), registry)
+    routes = _routes(parts, Health(fleet, parts.models), registry)
     app: ASGIApp = Router(routes, redirect_slashes=False, lifespan=lambda _: _lifespan(parts))
     app = Authentication(app, api_keys(config.api_key))
     if config.allowed_origins:
@@ -77,6 +79,19 @@ def create_app(
         )
     known = frozenset(route.path for route in routes if isinstance(route, Route))
     return Boundary(app, parts.traffic, known, log_access=not config.disable_access_log)
+
+
+def _connected(workers: Sequence[str | Worker], config: GatewayConfig, traffic: Traffic) -> Workers:
+    vigilance = Vigilance(config.worker_silence, config.max_step_age)
+    return Workers(
+        [
+            WorkerClient(worker, vigilance, name=str(number)) if isinstance(worker, str) else worker
+            for number, worker in enumerate(workers)
+        ],
+        Patience(config.max_resubmissions, config.worker_wait),
+        max_backlog=config.max_stream_backlog,
+        on_resubmission=traffic.resubmitted,
+    )
 
 
 def _routes(parts: Parts, health: Health, registry: CollectorRegistry) -> list[BaseRoute]:
@@ -125,7 +140,7 @@ async def _lifespan(parts: Parts) -> AsyncIterator[None]:
     tasks = [
         asyncio.create_task(_kept(job, name), name=name)
         for name, job in (
-            ("worker connection", parts.worker.run()),
+            ("worker connections", parts.workers.run()),
             ("model", parts.models.run()),
             ("pacemaker", parts.pacemaker.run()),
         )

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from quire.api.errors import ApiError
 from quire.api.openai import Usage
-from quire.gateway.journal import Journal, Verdict
-from quire.gateway.worker import worker_lost
 from quire.proto import common_pb2, worker_pb2
 from quire.text.output import ChoiceText, End
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 _REASONS = {
     common_pb2.FINISH_REASON_STOP: "stop",
     common_pb2.FINISH_REASON_LENGTH: "length",
-    common_pb2.FINISH_REASON_ABORT: "abort",
     common_pb2.FINISH_REASON_DEADLINE: "deadline",
 }
 
@@ -48,7 +45,6 @@ class Generation:
         self.request = request
         self.prompts = prompts
         self.tokenizer = tokenizer
-        self.journals = [Journal(submit) for submit in submits]
         self.n = request.params.n
         self.choices = [ChoiceText(tokenizer, request.params) for _ in range(len(prompts) * self.n)]
         self.prompt_scores: dict[int, Sequence[TokenLogprob]] = {}
@@ -89,7 +85,7 @@ class Generation:
     ) -> list[tuple[int, TextDelta]]:
         """Add outputs, each with its prompt's index: (choice, what is new) for those with news.
 
-        Raises ApiError when tokens are missing before one, or its deadline passed.
+        Raises ApiError when its deadline passed.
         """
         news = []
         counts: dict[int, int] = {}
@@ -106,43 +102,37 @@ class Generation:
     def _take(
         self, index: int, output: worker_pb2.ChoiceOutput, replies: Replies
     ) -> tuple[int, TextDelta] | None:
-        journal = self.journals[index]
         choice = index * self.n + output.choice
-        text = self.choices[choice] if output.choice < self.n else None
-        # ended by a stop string, which the engine does not know of
-        if text is None or text.finish_reason is not None:
-            return None
-        verdict = journal.judge(output)
-        if verdict is Verdict.GAP:
-            replies.abort(index)
-            raise worker_lost()
-        if verdict is Verdict.STALE:
+        text = self.choices[choice]
+        # ended by a stop string, and these were on their way
+        if text.finish_reason is not None:
             return None
         if output.HasField("admission"):
             self._cached_tokens += output.admission.cached_tokens
             self.prompt_scores[index] = output.prompt_logprobs
-        delta = text.push(output.token_ids, output.logprobs, _end(output))
-        journal.append(output.choice, list(output.token_ids[: delta.num_tokens]))
+        end = _end(output)
+        delta = text.push(output.token_ids, output.logprobs, end)
+        if delta.finish_reason == "deadline":
+            raise ApiError("deadline_exceeded", "The request took longer than it was allowed to.")
         if delta.finish_reason is not None:
-            self._close(index, delta.finish_reason, replies)
+            self._open -= 1
+            if end is None:  # a stop string, which the engine does not know of
+                self._stop(index, output.choice, replies)
         return choice, delta
 
-    def _close(self, index: int, reason: str, replies: Replies) -> None:
-        if reason == "deadline":
-            raise ApiError("deadline_exceeded", "The request took longer than it was allowed to.")
-        if reason == "abort":  # nobody here asked for it
-            raise worker_lost()
-        self._open -= 1
+    def _stop(self, index: int, choice: int, replies: Replies) -> None:
         siblings = self.choices[index * self.n : (index + 1) * self.n]
-        if all(choice.finish_reason is not None for choice in siblings):
-            replies.abort(index)  # a stop string ended it before the engine knew
+        if all(sibling.finish_reason is not None for sibling in siblings):
+            replies.abort(index)
+        else:
+            replies.abort(index, choice)
 
 
 def _end(output: worker_pb2.ChoiceOutput) -> End | None:
     if output.finish_reason == common_pb2.FINISH_REASON_UNSPECIFIED:
         return None
     stop_token_id = output.stop_token_id if output.HasField("stop_token_id") else None
-    return End(_REASONS.get(output.finish_reason, "abort"), stop_token_id)
+    return End(_REASONS[output.finish_reason], stop_token_id)
 
 
 def submit_message(request: GenerationRequest, prompt: Prompt, seed: int) -> worker_pb2.Submit:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from quire.gateway.served_model import ModelLoader
-    from quire.gateway.worker import Worker
+    from quire.gateway.workers import Workers
 
 MAX_STEP_AGE_S = 120.0
 """An engine with work that finishes no step for this long is not healthy, whatever it says."""
@@ -20,14 +20,14 @@ MAX_STEP_AGE_S = 120.0
 class Health:
     """Endpoints without a key: they say nothing about models or requests."""
 
-    def __init__(self, worker: Worker, models: ModelLoader) -> None:
-        self._worker = worker
+    def __init__(self, workers: Workers, models: ModelLoader) -> None:
+        self._workers = workers
         self._models = models
         self._began = time.monotonic()
 
     @property
     def is_ready(self) -> bool:
-        """Requests can be served: model known, session up, tokenizer loaded."""
+        """Requests can be served: model known, a worker's session up, tokenizer loaded."""
         return self._models.served is not None
 
     async def livez(self, request: Request) -> Response:
@@ -44,12 +44,12 @@ class Health:
 
     async def health(self, request: Request) -> Response:
         """200 when requests can be served and the engine makes progress."""
-        moving = self._worker.load.step_age_s < MAX_STEP_AGE_S
+        moving = self._workers.load.step_age_s < MAX_STEP_AGE_S
         return Response(status_code=200 if self.is_ready and moving else 503)
 
     def progress(self) -> dict[str, Any]:
         """The start-up phase, with its progress where the worker reports one."""
-        startup = self._worker.startup
+        startup = self._workers.startup
         waits_for_tokenizer = startup.phase == "ready" and not self.is_ready
         failure = self._models.failure
         return {
@@ -59,6 +59,8 @@ class Health:
             "done": startup.done,
             "total": startup.total,
             "unit": startup.unit,
+            "workers": len(self._workers.all),
+            "workers_ready": self._workers.num_ready,
             "elapsed_seconds": round(time.monotonic() - self._began, 3),
         }
 

@@ -4,9 +4,11 @@
     parse      strict JSON, every field checked and named          400, 404 for another model
     admit      a place among the requests in progress              503 + Retry-After
     tokenize   template and tokenizer, long prompts in threads     400 context_length_exceeded
-    submit     one request per prompt to the worker, whose answers come back together
+    submit     one request per prompt to a worker, whose answers come back together
     stream     tokens -> text -> events as they arrive, or one body at the end
-    end        whatever happened: what the worker still does for it is aborted
+    end        whatever happened: what a worker still does for it is aborted
+
+A worker that is lost meanwhile is not part of this story: `continuation` goes on with another.
 
 A client that hangs up is noticed at any point after `read`, streaming or not. Before the first
 byte an error is an HTTP status; after it, an error event and the end of the stream.
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
     from quire.gateway.request import GenerationRequest
     from quire.gateway.served_model import ModelLoader, ServedModel
     from quire.gateway.traffic import Traffic
-    from quire.gateway.worker import Worker
+    from quire.gateway.workers import Workers
     from quire.proto.worker_pb2 import Submit
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ class Parts:
     """What a request passes through."""
 
     config: GatewayConfig
-    worker: Worker
+    workers: Workers
     models: ModelLoader
     admission: Admission
     pacemaker: Pacemaker
@@ -119,8 +121,8 @@ class Pipeline:
     async def _submitted(
         self, scope: Scope, receive: Receive, generation: Generation
     ) -> AsyncIterator[Replies]:
-        """The worker's replies, until the client hangs up; what is left then is aborted."""
-        async with self._parts.worker.submit(generation.submits) as replies:
+        """The workers' replies, until the client hangs up; what is left then is aborted."""
+        async with self._parts.workers.submit(generation.submits) as replies:
             replies.on_overflow = connection_abort(scope)
             listening = asyncio.create_task(_until_gone(receive, replies))
             try:

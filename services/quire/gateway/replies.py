@@ -1,6 +1,6 @@
-"""What a worker sends back for one HTTP request, between the worker's session and its reader.
+"""What workers send back for one HTTP request, between their sessions and its reader.
 
-    session reader --deliver--> [outputs waiting] --next--> the request's own task
+    session reader --journal, deliver--> [outputs waiting] --next--> the request's own task
 
 Outputs that arrive while the task is busy are handed over together. The backlog is bounded: a
 client that does not read holds back its task, not the session.
@@ -30,7 +30,9 @@ class Replies:
     Methods other than `next` may be called from any task of the loop and never wait.
     """
 
-    def __init__(self, count: int, max_backlog: int, abort: Callable[[int], None]) -> None:
+    def __init__(
+        self, count: int, max_backlog: int, abort: Callable[[int, int | None], None]
+    ) -> None:
         self._open = set(range(count))
         self._max_backlog = max_backlog
         self._abort = abort
@@ -87,11 +89,12 @@ class Replies:
         """The worker holds nothing of request `index` any more."""
         self._open.discard(index)
 
-    def abort(self, index: int) -> None:
-        """No more outputs of request `index` are wanted."""
+    def abort(self, index: int, choice: int | None = None) -> None:
+        """No more outputs of request `index`, or of one choice of it, are wanted."""
         if index in self._open:
-            self._open.discard(index)
-            self._abort(index)
+            if choice is None:
+                self._open.discard(index)
+            self._abort(index, choice)
 
     def fail(self, error: Exception) -> None:
         """End the wait with an error; the first one counts."""

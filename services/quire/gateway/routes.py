@@ -124,7 +124,7 @@ class Facts:
     """/version, /load and /metrics."""
 
     def __init__(self, parts: Parts, registry: CollectorRegistry) -> None:
-        self._worker = parts.worker
+        self._workers = parts.workers
         self._admission = parts.admission
         self._registry = registry
         self._worker_up = parts.traffic.instruments.get(m.WORKER_UP)
@@ -135,7 +135,7 @@ class Facts:
 
     async def load(self, request: Request) -> Response:
         """GET /load: requests in progress here, and the worker's last report."""
-        load = self._worker.load
+        load = self._workers.load
         return JSONResponse(
             {
                 "server_load": self._admission.open,
@@ -151,9 +151,9 @@ class Facts:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """GET /metrics: the gateway's page, then the worker's."""
-        self._worker_up.set(float(self._worker.ready))
-        page = render(self._registry) + await self._worker.collect_metrics()
+        """GET /metrics: the gateway's page, then each worker's."""
+        self._worker_up.set(self._workers.num_ready)
+        page = render(self._registry) + await self._workers.collect_metrics()
         return Response(page, media_type=CONTENT_TYPE)
 
 

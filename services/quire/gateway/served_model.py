@@ -1,4 +1,4 @@
-"""The model this gateway serves: its names, its facts from the worker, its tokenizer."""
+"""The model this gateway serves: its names, its facts from the workers, its tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quire.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from quire.config.engine import EngineConfig
     from quire.config.gateway import GatewayConfig
-    from quire.gateway.worker import Worker
+    from quire.gateway.workers import Workers
     from quire.proto.worker_pb2 import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -56,20 +56,20 @@ class ServedModel:
 
 
 class ModelLoader:
-    """Keeps `served` in step with what the worker serves. `run` must be running."""
+    """Keeps `served` in step with what the workers serve. `run` must be running."""
 
-    def __init__(self, config: GatewayConfig, engine: EngineConfig, worker: Worker) -> None:
+    def __init__(self, config: GatewayConfig, engine: EngineConfig, workers: Workers) -> None:
         self._config = config
         self._engine = engine
-        self._worker = worker
+        self._workers = workers
         self._served: ServedModel | None = None
         self.failure: str | None = None
         """Why the model cannot be served: no tokenizer, or a template that does not compile."""
 
     @property
     def served(self) -> ServedModel | None:
-        """The model, None while it is not ready or the worker is away."""
-        return self._served if self._worker.ready else None
+        """The model, None while it is not ready or every worker is away."""
+        return self._served if self._workers.ready else None
 
     def require(self) -> ServedModel:
         """The model. Raises ApiError not_ready."""
@@ -77,13 +77,13 @@ class ModelLoader:
         if served is None:
             if self.failure is not None:
                 raise ApiError("not_ready", "The model cannot be served; see the server's log.")
-            phase = self._worker.startup.phase or "start"
+            phase = self._workers.startup.phase or "start"
             message = f"The model is not ready yet (phase: {phase}). Please retry."
             raise ApiError("not_ready", message, retry_after_s=RETRY_AFTER_S)
         return served
 
     async def run(self) -> None:
-        """Load the tokenizer when the worker has loaded its model, and again if that changes.
+        """Load the tokenizer when a worker has loaded its model, and again if that changes.
 
         Returns, with `failure` set, when it cannot be loaded.
         """
@@ -99,7 +99,7 @@ class ModelLoader:
         try:
             await asyncio.wait((early,))
             while True:
-                info = await self._worker.wait_ready()
+                info = await self._workers.wait_ready()
                 if self._served is None or self._served.info.model != info.model:
                     is_early = info.model == self._engine.model and early.exception() is None
                     tokenizer = (
@@ -110,7 +110,7 @@ class ModelLoader:
                     self._served = self._serve(info, tokenizer)
                 elif self._served.info != info:  # restarted
                     self._served = self._serve(info, self._served.tokenizer)
-                await self._worker.wait_lost()
+                await self._workers.wait_lost()
         finally:
             early.cancel()
 

@@ -11,6 +11,7 @@ from quire.telemetry import metrics as m
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from quire.gateway.worker import Loss
     from quire.telemetry.instruments import Instruments
 
 
@@ -36,6 +37,10 @@ class Traffic:
     def disconnected(self) -> None:
         """A client went away before its answer was complete."""
         self._disconnects.inc()
+
+    def resubmitted(self, loss: Loss) -> None:
+        """A request goes on, after its worker was lost or refused it."""
+        self.instruments.get(m.GATEWAY_RESUBMISSIONS, loss.value).inc()
 
     def failed(self, code: str) -> None:
         """A request ended in an error."""

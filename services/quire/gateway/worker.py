@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from quire.api.errors import ApiError
 from quire.proto import worker_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from quire.gateway.replies import Replies
+    from collections.abc import Callable
 
 _FAILURE = worker_pb2.Failure
 _CODES = {
@@ -24,8 +23,54 @@ _RETRY_AFTER_S = {"overloaded": 1.0, "not_ready": 2.0}
 """When the worker does not say."""
 
 
+class Loss(StrEnum):
+    """Why a request cannot go on where it is. Values are those of the metric's label."""
+
+    LOST = "lost"
+    """The connection ended, however orderly it looked."""
+    SILENT = "silent"
+    """Nothing was heard of the worker for too long."""
+    HUNG = "hung"
+    """The worker answers, but its engine finishes no step."""
+    DRAINING = "draining"
+    NOT_READY = "not_ready"
+    OVERLOADED = "overloaded"
+    INTERNAL = "internal"
+    """The engine failed, or failed this request."""
+    GAP = "gap"
+    """Tokens are missing before those that came."""
+    ABORTED = "aborted"
+    """The worker ended a choice that nobody here wanted ended."""
+
+
+LOSSES = {
+    _FAILURE.CODE_NOT_READY: Loss.NOT_READY,
+    _FAILURE.CODE_OVERLOADED: Loss.OVERLOADED,
+    _FAILURE.CODE_INTERNAL: Loss.INTERNAL,
+}
+"""Failures after which another worker, or the same one later, may do better."""
+
+
+class Receiver(Protocol):
+    """Who gets what a worker says about one request. After `refuse` or `lose` nothing follows."""
+
+    def deliver(self, output: worker_pb2.ChoiceOutput) -> None:
+        """New tokens, or the end, of a choice."""
+
+    def refuse(self, failure: worker_pb2.Failure) -> None:
+        """The worker will not go on; it holds nothing of the request."""
+
+    def lose(self, loss: Loss) -> None:
+        """The worker is no longer to be relied on."""
+
+
 class Worker(Protocol):
-    """One engine pod. Nothing here raises when the pod is away: `submit` says so in its reply."""
+    """One engine pod. Everything happens on one event loop; only `run` and metrics wait."""
+
+    name: str
+    """Distinct among the gateway's workers."""
+    on_change: Callable[[], None]
+    """Called when the worker becomes ready, is ready no more, or drains."""
 
     @property
     def model(self) -> worker_pb2.ModelInfo | None:
@@ -43,17 +88,21 @@ class Worker(Protocol):
     def load(self) -> worker_pb2.Load:
         """The latest load report."""
 
+    @property
+    def num_open(self) -> int:
+        """Requests that this gateway has there."""
+
     async def run(self) -> None:
         """Keep the connection until cancelled."""
 
-    async def wait_ready(self) -> worker_pb2.ModelInfo:
-        """The loaded model, once requests can be submitted."""
+    def submit(self, submit: worker_pb2.Submit, receiver: Receiver) -> None:
+        """Send a request; sets its `request` number. The worker must be ready."""
 
-    async def wait_lost(self) -> None:
-        """Return when a ready worker is ready no more."""
+    def abort(self, number: int, choice: int | None = None) -> None:
+        """End request `number`, or one choice of it. One that has ended is ignored."""
 
-    def submit(self, submits: Sequence[worker_pb2.Submit]) -> Replies:
-        """Send requests whose answers are read together; sets their `request` numbers."""
+    def release(self, loss: Loss) -> None:
+        """Take every request away from the worker, and tell their receivers why."""
 
     async def collect_metrics(self) -> str:
         """The worker's Prometheus page, empty when it cannot be had."""

@@ -1,10 +1,12 @@
 """One worker over gRPC: start-up and load by Watch, all requests over one Session.
 
     run:   connect -> Watch: phases ... model -> Session up = ready -> (any stream ends) -> back off
-    submit -> outbox -> Session stream -> TokenBatch / Failure -> Replies
+    submit -> outbox -> Session stream -> TokenBatch / Failure -> Receiver
 
-A stream's end is a loss, however orderly it looks: a killed peer can look like one. Every call is
-cancelled when left, because a dropped grpc.aio call never ends by itself.
+A stream's end is a loss, however orderly it looks: a killed peer can look like one. So is silence,
+because gRPC does not notice a peer that is stopped or cut off. An engine that finishes no step
+while its process answers is hung: its requests are taken away, and it is ready again when it moves.
+Every call is cancelled when left, because a dropped grpc.aio call never ends by itself.
 """
 
 from __future__ import annotations
@@ -18,23 +20,20 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
-from quire.api.errors import ApiError
-from quire.gateway.replies import Replies
-from quire.gateway.worker import failure_error, worker_lost
+from quire.gateway.worker import Loss
 from quire.proto import common_pb2, worker_pb2
 from quire.proto.worker_pb2_grpc import WorkerStub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
+    from quire.gateway.worker import Receiver
     from quire.proto.worker_pb2_grpc import WorkerAsyncStub
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 << 20
-MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
-WATCH_TIMEOUT_S = 30.0
-"""A ready worker reports its load once a second; after this much silence it counts as lost."""
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 METRICS_TIMEOUT_S = 2.0
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -53,79 +52,99 @@ C = TypeVar("C", bound=grpc.aio.Call)
 
 
 class _Lost(Exception):
-    """A stream of the worker ended."""
+    """A stream of the worker ended, or the worker fell silent."""
+
+
+@dataclass(frozen=True)
+class Vigilance:
+    """When a worker is no longer to be relied on."""
+
+    silence_s: float = 3.0
+    """Without any frame of Watch, which reports the load once a second."""
+    step_age_s: float = 30.0
+    """Without a finished step of the engine while it has work."""
+
+
+BEATS = 4
+"""Looks per `silence_s`. Counting them, not the time: when this process itself was stopped, nothing
+was heard because nobody listened."""
 
 
 @dataclass(slots=True)
 class _Pending:
     """A submitted request: whose it is, and how many choices are still open."""
 
-    replies: Replies
-    index: int
+    receiver: Receiver
     open_choices: int
 
 
 class WorkerClient:
     """The worker at `address` (host:port or unix:/path). `run` must be running."""
 
-    def __init__(self, address: str, *, max_backlog: int) -> None:
+    def __init__(self, address: str, vigilance: Vigilance, *, name: str = "0") -> None:
+        self.name = name
+        self.on_change: Callable[[], None] = lambda: None
         self._address = address
-        self._max_backlog = max_backlog
+        self._vigilance = vigilance
         self._pending: dict[int, _Pending] = {}
         self._next_number = 1
         self._outbox: asyncio.Queue[worker_pb2.SessionRequest] = asyncio.Queue()
         self._stub: WorkerAsyncStub | None = None
-        self._changed = asyncio.Condition()
+        self._is_connected = False
+        self._num_frames = 0
         self.model: worker_pb2.ModelInfo | None = None
-        self.ready = False
         self.startup = worker_pb2.Startup(phase="connect")
         self.load = worker_pb2.Load()
+
+    @property
+    def ready(self) -> bool:
+        """Requests can be submitted now."""
+        return self._is_connected and not self.load.draining and not self._is_hung
+
+    @property
+    def num_open(self) -> int:
+        """Requests that this gateway has there."""
+        return len(self._pending)
+
+    @property
+    def _is_hung(self) -> bool:
+        return self.load.step_age_s > self._vigilance.step_age_s
 
     async def run(self) -> None:
         """Keep the connection until cancelled."""
         backoff = MIN_BACKOFF_S
         while True:
-            with contextlib.suppress(_Lost):
-                await self._connect()
-            was_ready, self.ready = self.ready, False
-            self._stub = None
-            self._lose_pending()
-            if was_ready:
-                async with self._changed:
-                    self._changed.notify_all()
-                logger.warning("lost the worker at %s", self._address)
-                self.startup = worker_pb2.Startup(phase="connect")
-            backoff = MIN_BACKOFF_S if was_ready else min(2 * backoff, MAX_BACKOFF_S)
+            was_connected = await self._connect()
+            backoff = MIN_BACKOFF_S if was_connected else min(2 * backoff, MAX_BACKOFF_S)
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
 
-    async def wait_ready(self) -> worker_pb2.ModelInfo:
-        """The loaded model, once requests can be submitted."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.ready)
-        if self.model is None:
-            raise AssertionError("ready without a model")
-        return self.model
+    def submit(self, submit: worker_pb2.Submit, receiver: Receiver) -> None:
+        """Send a request; sets its `request` number. The worker must be ready."""
+        submit.request = self._next_number
+        self._next_number += 1
+        open_choices = len(submit.resumed) or max(submit.sampling.n, 1)
+        self._pending[submit.request] = _Pending(receiver, open_choices)
+        self._outbox.put_nowait(worker_pb2.SessionRequest(submit=submit))
 
-    async def wait_lost(self) -> None:
-        """Return when a ready worker is ready no more."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self.ready)
+    def abort(self, number: int, choice: int | None = None) -> None:
+        """End request `number`, or one choice of it. One that has ended is ignored."""
+        if number not in self._pending:
+            return
+        abort = worker_pb2.Abort(request=number)
+        if choice is None:
+            del self._pending[number]
+        else:
+            abort.choice = choice
+        self._outbox.put_nowait(worker_pb2.SessionRequest(abort=abort))
 
-    def submit(self, submits: Sequence[worker_pb2.Submit]) -> Replies:
-        """Send requests whose answers are read together; sets their `request` numbers."""
-        first = self._next_number
-        self._next_number += len(submits)
-        num_choices = sum(max(submit.sampling.n, 1) for submit in submits)
-        max_backlog = self._max_backlog * num_choices
-        replies = Replies(len(submits), max_backlog, lambda i: self._abort(first + i))
-        if not self.ready:
-            replies.fail(ApiError("not_ready", "The model is not ready.", retry_after_s=2.0))
-            return replies
-        for index, submit in enumerate(submits):
-            submit.request = first + index
-            self._pending[submit.request] = _Pending(replies, index, max(submit.sampling.n, 1))
-            self._outbox.put_nowait(worker_pb2.SessionRequest(submit=submit))
-        return replies
+    def release(self, loss: Loss) -> None:
+        """Take every request away from the worker, and tell their receivers why."""
+        released, self._pending = self._pending, {}
+        for number in released:
+            abort = worker_pb2.SessionRequest(abort=worker_pb2.Abort(request=number))
+            self._outbox.put_nowait(abort)  # in vain when the connection is gone
+        for pending in released.values():
+            pending.receiver.lose(loss)
 
     async def collect_metrics(self) -> str:
         """The worker's Prometheus page, empty when it cannot be had."""
@@ -141,43 +160,70 @@ class WorkerClient:
 
     # ---- connection
 
-    async def _connect(self) -> None:
-        """One connection, from start to loss. Always raises _Lost or CancelledError."""
+    async def _connect(self) -> bool:
+        """One connection, from start to loss; whether requests could be submitted over it."""
+        loss = Loss.LOST
         async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
             self._stub = WorkerStub(channel)
             try:
                 async with asyncio.TaskGroup() as streams:
                     await self._watch(self._stub, streams)
-            except* (grpc.aio.AioRpcError, _Lost, TimeoutError) as group:
-                logger.debug("worker at %s: %s", self._address, group.exceptions)
-        raise _Lost
+            except* (grpc.aio.AioRpcError, _Lost) as group:
+                logger.debug("worker %s at %s: %s", self.name, self._address, group.exceptions)
+                if any(isinstance(e, _Lost) and e.args for e in group.exceptions):
+                    loss = Loss.SILENT
+            self._stub = None
+            was_connected, self._is_connected = self._is_connected, False
+            if was_connected:  # before the channel is closed, which may take its time
+                self.startup = worker_pb2.Startup(phase="connect")
+                self.load = worker_pb2.Load()
+                logger.warning("worker %s at %s is gone (%s)", self.name, self._address, loss)
+                self.on_change()
+                self.release(loss)
+        return was_connected
 
     async def _watch(self, stub: WorkerAsyncStub, streams: asyncio.TaskGroup) -> None:
         with _cancelling(stub.Watch(worker_pb2.WatchRequest())) as call:
-            while True:
-                async with asyncio.timeout(WATCH_TIMEOUT_S if self.ready else None):
-                    update = await call.read()
-                if not isinstance(update, worker_pb2.WorkerUpdate):  # end of stream
-                    raise _Lost
+            while isinstance(update := await call.read(), worker_pb2.WorkerUpdate):
+                self._num_frames += 1
                 kind = update.WhichOneof("update")
                 if kind == "startup":
                     self.startup = update.startup
                 elif kind == "load":
-                    self.load = update.load
+                    self._take_load(update.load)
                 elif kind == "model":
-                    await self._open_session(stub, streams, update.model)
+                    self._open_session(stub, streams, update.model)
+        raise _Lost
 
-    async def _open_session(
+    def _take_load(self, load: worker_pb2.Load) -> None:
+        was_ready = self.ready
+        self.load = load
+        if self._is_hung and self._pending:
+            logger.warning("worker %s finished no step for %.0f s", self.name, load.step_age_s)
+            self.release(Loss.HUNG)
+        if self.ready != was_ready:
+            self.on_change()
+
+    def _open_session(
         self, stub: WorkerAsyncStub, streams: asyncio.TaskGroup, model: worker_pb2.ModelInfo
     ) -> None:
         self.model = model
         self._outbox = asyncio.Queue()
         streams.create_task(self._session(stub, self._outbox))
-        self.ready = True
+        streams.create_task(self._listen())
+        self._is_connected = True
         self.startup = worker_pb2.Startup(phase="ready")
-        logger.info("worker at %s serves %s", self._address, model.model)
-        async with self._changed:
-            self._changed.notify_all()
+        logger.info("worker %s at %s serves %s", self.name, self._address, model.model)
+        self.on_change()
+
+    async def _listen(self) -> None:
+        """Raises _Lost when nothing was heard for too long."""
+        missed, heard = 0, self._num_frames
+        while missed < BEATS:
+            await asyncio.sleep(self._vigilance.silence_s / BEATS)
+            missed = missed + 1 if heard == self._num_frames else 0
+            heard = self._num_frames
+        raise _Lost(f"silent for {self._vigilance.silence_s:g} s")
 
     async def _session(
         self, stub: WorkerAsyncStub, outbox: asyncio.Queue[worker_pb2.SessionRequest]
@@ -197,8 +243,7 @@ class WorkerClient:
         if reply.HasField("failure"):
             pending = self._pending.pop(reply.failure.request, None)
             if pending is not None:
-                pending.replies.finish(pending.index)
-                pending.replies.fail(failure_error(reply.failure))
+                pending.receiver.refuse(reply.failure)
             return
         for output in reply.batch.outputs:
             pending = self._pending.get(output.request)
@@ -208,19 +253,7 @@ class WorkerClient:
                 pending.open_choices -= 1
                 if pending.open_choices <= 0:
                     del self._pending[output.request]
-                    pending.replies.finish(pending.index)
-            pending.replies.deliver(pending.index, output)
-
-    def _abort(self, number: int) -> None:
-        if self._pending.pop(number, None) is not None:
-            abort = worker_pb2.SessionRequest(abort=worker_pb2.Abort(request=number))
-            self._outbox.put_nowait(abort)
-
-    def _lose_pending(self) -> None:
-        lost, self._pending = self._pending, {}
-        for pending in lost.values():
-            pending.replies.finish(pending.index)
-            pending.replies.fail(worker_lost())
+            pending.receiver.deliver(output)
 
 
 async def _write(

@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Component = Literal["engine", "gateway", "router"]
 Kind = Literal["counter", "gauge", "histogram", "info"]
@@ -279,16 +279,53 @@ _FAMILIES: dict[Kind, tuple[Callable[..., Metric], Callable[[Any, list[str], Any
 }
 
 
-def new_registry(component: Component) -> CollectorRegistry:
+class _ProcessOf(Collector):
+    """CPU time, memory and file descriptors of an engine's process, with the engine's number."""
+
+    def __init__(self, engine: str) -> None:
+        self._process = ProcessCollector(namespace="quire_engine", registry=None)
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._process.collect():
+            family.samples = [
+                sample._replace(labels={**sample.labels, "engine": self._engine})
+                for sample in family.samples
+            ]
+            yield family
+
+
+def new_registry(component: Component, *, engine: str = "0") -> CollectorRegistry:
     """A registry with the process's CPU time, memory and file descriptors.
 
-    The engine's carry the prefix `quire_engine_`, so that its page can be joined to a gateway's.
+    An engine's carry the prefix `quire_engine_` and its number, so that the pages of several can be
+    joined to a gateway's.
     """
     registry = CollectorRegistry()
-    ProcessCollector(namespace="quire_engine" if component == "engine" else "", registry=registry)
+    if component == "engine":
+        registry.register(_ProcessOf(engine))
+    else:
+        ProcessCollector(registry=registry)
     return registry
 
 
 def render(registry: CollectorRegistry) -> str:
     """The page for CONTENT_TYPE. Pages of different components may be put one after another."""
     return generate_latest(registry).decode()
+
+
+def join_pages(pages: Sequence[str]) -> str:
+    """Pages of the same component as one: a metric is described once, its samples are together."""
+    families: dict[str, tuple[list[str], list[str]]] = {}  # name -> description, samples
+    for page in pages:
+        described: list[str] = []
+        samples: list[str] = []
+        for line in page.splitlines():
+            if line.startswith("# "):
+                described, samples = families.setdefault(line.split(" ", 3)[2], ([], []))
+                if line not in described:
+                    described.append(line)
+            else:
+                samples.append(line)
+    lines = (line for described, samples in families.values() for line in described + samples)
+    return "".join(line + "\n" for line in lines)

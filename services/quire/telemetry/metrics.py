@@ -293,11 +293,16 @@ GATEWAY_DISCONNECTS = CounterDeclaration(
 )  # fmt: skip
 GATEWAY_RESUBMISSIONS = CounterDeclaration(
     name="quire_gateway_resubmissions", unit="requests", component="gateway",
-    help="Requests continued on a worker after the one that served them was lost.",
+    help="Requests sent again, behind the tokens they had, by why their worker could not go on.",
+    labels=("reason",),
+    values=((
+        "lost", "silent", "hung", "draining", "not_ready", "overloaded", "internal", "gap",
+        "aborted",
+    ),),
 )  # fmt: skip
 WORKER_UP = GaugeDeclaration(
     name="quire_gateway_worker_up", component="gateway",
-    help="1 while the worker is ready to serve.",
+    help="Workers that are ready to serve.",
 )  # fmt: skip
 WORKER_RESTARTS = CounterDeclaration(
     name="quire_gateway_worker_restarts", unit="restarts", component="gateway",

@@ -1,8 +1,9 @@
 """`python -m quire.worker`: a worker process, started by `quire serve` or by a pod.
 
 The first line of stdin is a JSON object: {"engine": {...EngineConfig}, "listen": "unix:/path",
-"served_model_name": "...", "worker": "name", "transfer": {...TransferConfig}}. Without "transfer"
-no KV blocks are exchanged. The process ends when stdin closes, so it never outlives its parent.
+"served_model_name": "...", "number": 0, "worker": "name", "transfer": {...TransferConfig}}. Without
+"transfer" no KV blocks are exchanged. The process ends when stdin closes, so it never outlives its
+parent.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def main() -> int:
         engine = from_mapping(EngineConfig, raw["engine"])
         listen = _check_listen(raw["listen"])
         name = raw.get("served_model_name") or engine.model
+        number = int(raw.get("number", 0))
         kv = from_mapping(TransferConfig, raw["transfer"]) if raw.get("transfer") else None
     except (ValueError, TypeError, KeyError) as error:
         print(f"quire: error: bad worker options: {error}", file=sys.stderr)
@@ -35,7 +37,7 @@ def main() -> int:
 
     transfer = None if kv is None else TransferOptions(raw.get("worker", listen), kv)
     configure(raw.get("log_level", "info"), raw.get("log_format", "text"))
-    return asyncio.run(serve(WorkerOptions(engine, listen, name, transfer)))
+    return asyncio.run(serve(WorkerOptions(engine, listen, name, transfer, number)))
 
 
 def _check_listen(address: str) -> str:

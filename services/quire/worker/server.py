@@ -49,6 +49,8 @@ class WorkerOptions:
     served_model_name: str
     transfer: TransferOptions | None = None
     """How to exchange KV blocks with other workers; None for not at all."""
+    number: int = 0
+    """Among the workers of one server: the `engine` label of its metrics."""
 
 
 class _PhaseTimes:
@@ -74,8 +76,10 @@ class _PhaseTimes:
 
 async def serve(options: WorkerOptions) -> int:
     """Run a worker until it is told to stop or its engine fails; returns the exit code."""
-    registry = new_registry("engine")
-    instruments = m.engine_instruments(registry, model_name=options.served_model_name)
+    registry = new_registry("engine", engine=str(options.number))
+    instruments = m.engine_instruments(
+        registry, model_name=options.served_model_name, engine=str(options.number)
+    )
     service = WorkerService(EngineMetrics(instruments), registry)
     server = grpc.aio.server(
         options=[

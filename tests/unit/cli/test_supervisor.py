@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from quire.cli.supervisor import Patience, Supervisor, private_socket
+from quire.cli.supervisor import Patience, Supervisor, private_folder
 
 WORKER = """
 import json, os, sys, time
@@ -144,18 +144,17 @@ async def test_cancelling_leaves_no_worker_behind(make):
     await until(lambda: gone(make.runs()[0]))
 
 
-def test_the_socket_lies_where_only_this_user_can_go():
-    with private_socket() as path:
-        assert path.parent.stat().st_mode & 0o777 == 0o700
-        assert len(str(path)) < 108
-        path.touch()
-    assert not path.parent.exists()
+def test_the_sockets_lie_where_only_this_user_can_go():
+    with private_folder() as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (folder / "worker-0.sock").touch()
+    assert not folder.exists()
 
 
-def test_a_long_temporary_folder_does_not_break_the_socket(tmp_path, monkeypatch):
+def test_a_long_temporary_folder_does_not_break_the_sockets(tmp_path, monkeypatch):
     deep = tmp_path / ("d" * 120)
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
-    with private_socket() as path:
-        assert len(str(path)) < 108
+    with private_folder() as folder:
+        assert len(str(folder / "worker-999.sock")) < 108
     assert list(deep.iterdir()) == []

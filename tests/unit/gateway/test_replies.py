@@ -13,7 +13,7 @@ from quire.proto.worker_pb2 import ChoiceOutput
 
 def make(count=1, max_backlog=10):
     aborted = []
-    return Replies(count, max_backlog, aborted.append), aborted
+    return Replies(count, max_backlog, lambda *what: aborted.append(what)), aborted
 
 
 def output(*token_ids):
@@ -70,5 +70,6 @@ async def test_leaving_aborts_what_is_still_open():
         replies.finish(0)
         replies.abort(1)
         replies.abort(1)
-        assert aborted == [1]
-    assert aborted == [1, 2]
+        assert aborted == [(1, None)]
+        replies.abort(2, 5)
+    assert aborted == [(1, None), (2, 5), (2, None)]

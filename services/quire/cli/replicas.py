@@ -1,0 +1,110 @@
+"""The worker processes of one server: each with its socket, supervisor, and a watch on its start.
+
+They are equal: the server is there for its clients as long as one of them is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from quire.cli.startup import Quiet, StartupWatch, display_for
+from quire.cli.supervisor import Supervisor
+from quire.config.base import to_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from pathlib import Path
+
+    from quire.config.engine import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = 0.5
+"""Share of the memory that the replicas' KV caches take together when no size is given."""
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Several workers of the same model. Empty for a server whose workers others run."""
+
+    supervisors: tuple[Supervisor, ...]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """gRPC addresses, in the order of their numbers."""
+        return tuple(f"unix:{supervisor.socket}" for supervisor in self.supervisors)
+
+    async def run(self) -> int:
+        """Keep them alive until `stop`; returns 0 then, and else why the last was given up."""
+        codes = await asyncio.gather(*(supervisor.run() for supervisor in self.supervisors))
+        return codes[-1]
+
+    async def stop(self) -> None:
+        """End them all. `run` returns afterwards."""
+        await asyncio.gather(*(supervisor.stop() for supervisor in self.supervisors))
+
+    def kill(self) -> None:
+        """End them now."""
+        for supervisor in self.supervisors:
+            supervisor.kill()
+
+    def watches(self, on_ready: Callable[[], Awaitable[None]]) -> list[StartupWatch]:
+        """What follows each start; the first worker's is shown, the others' are alike."""
+        return [
+            StartupWatch(
+                f"unix:{supervisor.socket}",
+                display_for() if number == 0 else Quiet(),
+                _then(supervisor.ready, on_ready),
+            )
+            for number, supervisor in enumerate(self.supervisors)
+        ]
+
+
+def replicas_of(
+    engine: EngineConfig,
+    count: int,
+    folder: Path,
+    common: Mapping[str, Any],
+    on_restart: Callable[[], None],
+) -> Replicas:
+    """`count` workers that share this machine, listening in `folder`. Nothing is started yet.
+
+    `common` are options beside the engine's, see `quire.worker`.
+    """
+    options = {"engine": to_mapping(shared(engine, count)), **common}
+    return Replicas(
+        tuple(
+            Supervisor(
+                options=options | {"listen": f"unix:{socket}", "number": number},
+                socket=socket,
+                on_restart=on_restart,
+            )
+            for number in range(count)
+            for socket in [folder / f"worker-{number}.sock"]
+        )
+    )
+
+
+def shared(engine: EngineConfig, count: int) -> EngineConfig:
+    """The options of one of `count` engines on this machine: its share of CPUs and memory."""
+    if count == 1:
+        return engine
+    if engine.num_threads is None:
+        engine = replace(engine, num_threads=max(1, len(os.sched_getaffinity(0)) // count))
+    if engine.memory_utilization is None and engine.kv_cache_memory_bytes is None:
+        engine = replace(engine, memory_utilization=SHARED_MEMORY / count)
+    return engine
+
+
+def _then(
+    first: Callable[[], None], second: Callable[[], Awaitable[None]]
+) -> Callable[[], Awaitable[None]]:
+    async def both() -> None:
+        first()
+        await second()
+
+    return both

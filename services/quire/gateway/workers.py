@@ -1,0 +1,170 @@
+"""All workers of a gateway as one: ready when one of them is, and requests go on when one is lost.
+
+submit ─▶ Continuation per prompt ─▶ Placement ─▶ Worker
+                    ▲ lost, hung, drained, refused │
+                    └──────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from quire.gateway.continuation import Continuation, Patience
+from quire.gateway.placement import LeastLoad
+from quire.gateway.replies import Replies
+from quire.gateway.worker import Loss
+from quire.proto import worker_pb2
+from quire.telemetry.instruments import join_pages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from quire.gateway.placement import Placement
+    from quire.gateway.worker import Worker
+
+SUMMED = (
+    "running", "waiting", "queued_tokens", "blocks_free", "blocks_cached", "blocks_owned",
+    "prefill_tokens",
+)  # fmt: skip
+
+
+class Workers:
+    """The workers of one model. `run` must be running; requests end with it."""
+
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        patience: Patience,
+        *,
+        max_backlog: int = 1024,
+        placement: Placement | None = None,
+        on_resubmission: Callable[[Loss], None] = lambda _: None,
+    ) -> None:
+        """`max_backlog` is in tokens per choice, see `Replies`."""
+        self.all = tuple(workers)
+        self.patience = patience
+        self._max_backlog = max_backlog
+        self._placement = placement or LeastLoad()
+        self.resubmitted = on_resubmission
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._change = asyncio.Event()
+        for worker in self.all:
+            worker.on_change = self._on_change
+
+    async def run(self) -> None:
+        """Keep all connections until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as connections:
+                for worker in self.all:
+                    connections.create_task(worker.run(), name=f"worker {worker.name}")
+        finally:
+            for task in tuple(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # ---- as one worker
+
+    @property
+    def ready(self) -> bool:
+        """At least one worker takes requests."""
+        return any(worker.ready for worker in self.all)
+
+    @property
+    def num_ready(self) -> int:
+        """Workers that take requests."""
+        return sum(worker.ready for worker in self.all)
+
+    @property
+    def model(self) -> worker_pb2.ModelInfo | None:
+        """The loaded model, of a ready worker if there is one."""
+        ordered = sorted(self.all, key=lambda worker: not worker.ready)
+        return next((w.model for w in ordered if w.model is not None), None)
+
+    @property
+    def startup(self) -> worker_pb2.Startup:
+        """The start-up phase: of a ready worker, else of the first that can be reached."""
+        ordered = sorted(self.all, key=lambda w: (not w.ready, w.startup.phase == "connect"))
+        return ordered[0].startup
+
+    @property
+    def load(self) -> worker_pb2.Load:
+        """Sums over the ready workers; `step_age_s` is the largest of theirs."""
+        total = worker_pb2.Load()
+        for load in (worker.load for worker in self.all if worker.ready):
+            for name in SUMMED:
+                setattr(total, name, getattr(total, name) + getattr(load, name))
+            total.step_age_s = max(total.step_age_s, load.step_age_s)
+        return total
+
+    async def wait_ready(self) -> worker_pb2.ModelInfo:
+        """The loaded model, once requests can be submitted."""
+        while not self.ready or self.model is None:
+            await self.changed()
+        return self.model
+
+    async def wait_lost(self) -> None:
+        """Return when no worker is ready any more."""
+        while self.ready:
+            await self.changed()
+
+    def submit(self, submits: Sequence[worker_pb2.Submit]) -> Replies:
+        """Send requests whose answers are read together, each to the worker that suits it."""
+        runs: list[Continuation] = []
+        num_choices = sum(max(submit.sampling.n, 1) for submit in submits)
+        replies = Replies(
+            len(submits),
+            self._max_backlog * num_choices,
+            lambda index, choice: runs[index].abort(choice),
+        )
+        runs += [Continuation(s, replies, i, self) for i, s in enumerate(submits)]
+        for run in runs:
+            run.start()
+        return replies
+
+    async def collect_metrics(self) -> str:
+        """The workers' Prometheus pages, joined."""
+        pages = await asyncio.gather(*(worker.collect_metrics() for worker in self.all))
+        return join_pages(pages)
+
+    # ---- Workplace
+
+    def pick(self, run: Continuation) -> Worker | None:
+        """A ready worker, if possible one that has not failed the request."""
+        ready = self._ready_for(run)
+        if not ready:
+            return None
+        untried = [worker for worker in ready if worker.name not in run.tried]
+        return self._placement.pick(run, untried or ready)
+
+    def has_untried(self, run: Continuation) -> bool:
+        """A worker is ready that has not failed the request since its last token."""
+        return any(worker.name not in run.tried for worker in self._ready_for(run))
+
+    async def changed(self) -> None:
+        """Return when a worker has become ready, or is so no more."""
+        await self._change.wait()
+
+    def spawn(self, job: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Run a job, at the longest until the gateway ends."""
+        task = asyncio.create_task(job)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _ready_for(self, run: Continuation) -> list[Worker]:
+        wanted = run.fingerprint
+        return [
+            worker
+            for worker in self.all
+            if worker.ready
+            and (wanted is None or worker.model is None or worker.model.fingerprint == wanted)
+        ]
+
+    def _on_change(self) -> None:
+        self._change.set()
+        self._change = asyncio.Event()
+        if self.ready:
+            for worker in self.all:
+                if worker.load.draining and worker.num_open:
+                    worker.release(Loss.DRAINING)
