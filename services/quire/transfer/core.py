@@ -82,11 +82,8 @@ class Core:
     # ---- transfers
 
     def receive(self, ref: TransferRef, num_blocks: int, degree: int, lease_s: float) -> None:
-        """Expect a transfer; ends at once when the degrees do not fit."""
-        try:
-            self.receiver.promise(ref, num_blocks, degree, lease_s)
-        except ValueError as error:
-            self._emit(Ended(ref, Failure.INCOMPATIBLE, str(error)))
+        """Expect a transfer. Any thread. Raises ValueError on a degree that does not fit."""
+        self.receiver.promise(ref, num_blocks, degree, lease_s)
 
     def send(self, ref: TransferRef, peer: Peer, lease_s: float) -> None:
         """Begin to send; ends at once when this rank has nothing for that one."""

@@ -90,7 +90,8 @@ class Endpoint:
     ) -> TransferRef:
         """Expect up to `num_blocks` blocks from a group of `degree` ranks; binds nothing.
 
-        The reference goes to the senders with `start()`'s Peer. `after` names an earlier attempt at
+        The reference goes to the senders with `start()`'s Peer. Raises ValueError when the KV heads
+        cannot be split over the degree. `after` names an earlier attempt at
         the same transfer: it is cancelled, and whatever of it still arrives is fenced.
         """
         if num_blocks < 1 or degree < 1:
@@ -99,7 +100,8 @@ class Endpoint:
         ref = TransferRef(number, epoch, self._identity.incarnation)
         if after is not None:
             self._post(self._core.receiver.cancel, after)
-        self._post(self._core.receive, ref, num_blocks, degree, self._lease(lease_s))
+        # Not posted: the sender may hear of the reference, and answer, before a posted call runs.
+        self._core.receive(ref, num_blocks, degree, self._lease(lease_s))
         return ref
 
     def grant(self, ref: TransferRef, first: int, slots: Sequence[int]) -> None:
