@@ -19,7 +19,7 @@ ENGINE = {
     "max_model_len": 1024,
     "num_threads": 1,
 }
-TRANSPORTS = ["tcp"]
+TRANSPORTS = ["tcp", "grpc", "nixl"]
 
 FEATURES = {
     "greedy": {"temperature": 0.0},
