@@ -112,12 +112,19 @@ class Receiver:
             incoming.machine.heard(self._node.clock())
 
     def tick(self, now: float, *, keep: bool) -> None:
-        """Let leases expire; with `keep`, tell the senders that this side still holds."""
+        """Let leases expire; with `keep`, tell the senders that this side still holds.
+
+        The grants are repeated with it: should one be lost, both sides would wait for the other,
+        each kept alive by the other's word.
+        """
         for incoming in list(self._incoming.values()):
-            self._do(incoming, incoming.machine.expire(now))
-            if keep and not incoming.machine.is_over:
+            machine = incoming.machine
+            self._do(incoming, machine.expire(now))
+            if keep and not machine.is_over:
                 for link in incoming.links.values():
-                    link.post(_header(Kind.KEEP, incoming.machine.ref))
+                    link.post(_header(Kind.KEEP, machine.ref))
+                    for grant in machine.grants():
+                        _say(link, machine.ref, grant)
 
     # ---- links
 

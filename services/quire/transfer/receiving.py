@@ -113,6 +113,10 @@ class ReceivingTransfer:
         """Source ranks whose sender is there."""
         return [rank for rank, leg in self._legs.items() if leg.is_open]
 
+    def grants(self) -> list[Grant]:
+        """Every grant so far; to a sender that has them they say nothing new."""
+        return [Grant(first, count) for first, count in _runs(self._granted)]
+
     # ---- the caller
 
     def grant(self, first: int, slots: Sequence[int]) -> list[Effect]:
@@ -151,7 +155,7 @@ class ReceivingTransfer:
         leg.is_open = True
         self.state = ReceivingState.RECEIVING
         self.lease.renew(now)
-        return [Reply(rank, Grant(first, count)) for first, count in _runs(self._granted)]
+        return [Reply(rank, grant) for grant in self.grants()]
 
     def heard(self, now: float) -> None:
         """A sender said that it still holds its side."""

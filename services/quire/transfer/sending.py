@@ -152,14 +152,15 @@ class SendingTransfer:
         """Blocks that may be sent; repeated grants change nothing."""
         if not self.is_live:
             return []
-        self.lease.renew(now)
         if self.state is SendingState.OPENING:
             self.state = SendingState.SENDING
-        for block in range(first, first + count):
-            if block not in self._granted:
-                self._granted.add(block)
-                if block in self._offered:
-                    self._enqueue(block)
+        new = [block for block in range(first, first + count) if block not in self._granted]
+        if new:
+            self.lease.renew(now)
+        self._granted.update(new)
+        for block in new:
+            if block in self._offered:
+                self._enqueue(block)
         return []
 
     def heard(self, now: float) -> None:
