@@ -21,10 +21,11 @@ class RouterConfig:
     routing_policy: str = option("cost", "router", choices=POLICY_NAMES)
     """How a pod is chosen: cost (least expected time to first token and harm to others), prefix,
     least_load, power_of_two, round_robin or session."""
-    stall_price: float = option(0.02, "router")
+    work_price: float = option(1.0, "router")
+    """Seconds of time to first token that a second of prefill work is worth to the requests that
+    come next."""
+    stall_price: float = option(0.01, "router")
     """Seconds of time to first token that a second's delay of one running stream is worth."""
-    evict_price: float = option(0.1, "router")
-    """How likely an evicted block would have been used again, 0 to 1."""
     tie_s: float = option(0.001, "router")
     """Pods whose costs differ by less, in seconds, are equal: one is taken at random."""
     prefill_chunk_tokens: int = option(512, "router")
@@ -32,7 +33,8 @@ class RouterConfig:
     prefill_round_trip_s: float = option(0.002, "router")
     """Seconds for asking a prefill pod and hearing of it."""
     min_remote_prefill_tokens: int = option(64, "router")
-    """Uncached prompt tokens below which a prompt is never prefilled on another pod."""
+    """Uncached prompt tokens below which a prompt is never prefilled on another pod; a number
+    above every prompt's length turns disaggregation off."""
     in_flight_ttl_s: float = option(2.0, "router")
     """Seconds for which a prompt counts as cached where it was sent, without the pod's word."""
     stale_after_s: float = option(2.0, "router")
@@ -44,11 +46,9 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("stall_price", "tie_s", "prefill_round_trip_s"):
+        for name in ("work_price", "stall_price", "tie_s", "prefill_round_trip_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if not 0 <= self.evict_price <= 1:
-            raise ValueError(f"evict_price must be in [0, 1], not {self.evict_price}")
         for name in ("in_flight_ttl_s", "stale_after_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")

@@ -99,7 +99,8 @@ def load_from(load: worker_pb2.Load) -> LoadReport:
     return LoadReport(
         running=load.running,
         waiting=load.waiting,
-        prefill_tokens=load.prefill_tokens or load.queued_tokens,
+        waiting_tokens=load.queued_tokens,
+        prefilling_tokens=max(load.prefill_tokens - load.queued_tokens, 0),
         blocks_free=load.blocks_free,
         blocks_cached=load.blocks_cached,
         prefill_tokens_per_s=load.prefill_tokens_per_s,

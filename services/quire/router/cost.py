@@ -9,9 +9,9 @@
 
     cost(d)      = min(local + harm(d), remote + harm(p)) + decode(d) + memory(d)
 
-`harm` is what a prefill takes from the streams that already decode on the pod that does it;
-`decode` is what the answer's tokens cost, the request's own and the slowing of its neighbours;
-`memory` is waiting for blocks that are not there, and losing prefixes that have to go.
+`harm` is what a prefill takes from others on the pod that does it: the streams that decode there
+and the requests that come next; `decode` is what the answer's tokens cost, the request's own and
+the slowing of its neighbours; `memory` is waiting for blocks that running streams hold.
 
 The prefill pod needs all the keys and values in front of what it computes, so its own hit counts;
 the decode pod's hit saves transfer alone. The published formula with max(hit(p), hit(d)) holds only
@@ -43,10 +43,11 @@ MIN_WEIGHT = 1e-3
 class Prices:
     """What is worth how much, and the constants of a transfer."""
 
-    stall: float = 0.02
+    work: float = 1.0
+    """A second of prefill that another pod's cache would have spared: the requests that come next
+    wait for it."""
+    stall: float = 0.01
     """A second by which one running stream's next tokens are late."""
-    evict: float = 0.1
-    """Recomputing a block that has to be evicted: how likely it is to be asked for again."""
     chunk_tokens: int = 512
     """Prompt tokens that a prefill pod computes, then pushes, at once."""
     round_trip_s: float = 0.002
@@ -70,9 +71,9 @@ def seat_wait(query: RouteQuery, pods: Endpoints) -> Floats:
 
 
 def prefill_harm(query: RouteQuery, pods: Endpoints, prices: Prices) -> Floats:
-    """What a prefill costs the streams that decode beside it: all stand still meanwhile."""
+    """What a prefill costs others: streams beside it stand still, later requests wait for it."""
     duration = uncached(query, pods) / pods.prefill_tokens_per_s
-    return prices.stall * pods.running * duration
+    return (prices.work + prices.stall * pods.running) * duration
 
 
 def decode_cost(query: RouteQuery, pods: Endpoints, prices: Prices) -> Floats:
@@ -81,18 +82,20 @@ def decode_cost(query: RouteQuery, pods: Endpoints, prices: Prices) -> Floats:
     return prices.stall * query.expected_output * latency
 
 
-def memory_cost(query: RouteQuery, pods: Endpoints, prices: Prices) -> Floats:
-    """Blocks for what is not cached, and for the answer."""
+def memory_wait(query: RouteQuery, pods: Endpoints) -> Floats:
+    """Waiting for blocks that running streams hold.
+
+    Evicting cached blocks is free: pricing it was measured to cost more, as it draws prompts away
+    from their prefixes to whichever pod has most unused blocks.
+    """
     needed = (uncached(query, pods) + query.expected_output) / pods.block_size
     # the request's own cached prefix is not there to be evicted for it
-    spare = np.maximum(pods.blocks_cached - pods.cached_tokens / pods.block_size, 0.0)
-    evicted = np.clip(needed - pods.blocks_free, 0.0, spare)
-    recompute = prices.evict * evicted * pods.block_size / pods.prefill_tokens_per_s
-    # streams of about this size end one after the other and give back what they hold
-    missing = np.maximum(needed - pods.blocks_free - spare, 0.0)
-    lifetime = pods.itl_s * query.expected_output
-    wait = lifetime * missing / (needed * np.maximum(pods.running, 1.0))
-    return recompute + wait
+    available = pods.blocks_free + pods.blocks_cached - pods.cached_tokens / pods.block_size
+    missing = np.maximum(needed - available, 0.0)
+    # within a stream's lifetime, all that the running streams own is given back
+    owned = np.maximum(pods.num_blocks - pods.blocks_free - pods.blocks_cached, 1.0)
+    wait: Floats = pods.itl_s * query.expected_output * missing / owned
+    return wait
 
 
 def prefill_cost(query: RouteQuery, pods: Endpoints, prices: Prices) -> Floats:

@@ -48,7 +48,9 @@ class Endpoint:
     blocks_free: float = 1e6
     """Blocks without content."""
     blocks_cached: float = 0.0
-    """Blocks that hold a prefix and can be evicted."""
+    """Blocks that hold a prefix and can be evicted, less what waiting requests will need; below
+    0 when those have to wait for running ones to end."""
+    num_blocks: float = 1e6
     max_seqs: float = 1e6
     """Most streams in its batch."""
     block_size: float = BLOCK_SIZE
@@ -83,6 +85,7 @@ class Endpoints:
     itl_slope_s: Floats
     blocks_free: Floats
     blocks_cached: Floats
+    num_blocks: Floats
     max_seqs: Floats
     block_size: Floats
     bytes_per_token: Floats

@@ -38,6 +38,8 @@ MIN_TRUST = 0.5
 FULL_TRUST = 0.95
 DRIFT_PERIOD_S = 30.0
 """Least seconds between two such questions to one pod."""
+SHARE_MEMORY = 0.8
+"""Share of the old sums that the next prompt leaves."""
 FIRST_SLOTS = 16
 
 
@@ -59,9 +61,22 @@ class Pod:
     slot: int
     incarnation: int
     picks: deque[_Pick] = field(default_factory=deque)
+    missing_tokens: float = 0.0
+    prompt_tokens: float = 0.0
+    """Decayed sums over the prompts sent here."""
     next_drift_resync: float = 0.0
     resync: bool = False
     """Its cache has to be asked for again."""
+
+    @property
+    def uncached_share(self) -> float:
+        """Share of its waiting tokens that it will have to compute: it cannot tell, we can."""
+        return self.missing_tokens / self.prompt_tokens if self.prompt_tokens else 1.0
+
+    def note_share(self, missing: float, prompt_len: int) -> None:
+        """A prompt was sent here to be prefilled."""
+        self.missing_tokens = SHARE_MEMORY * self.missing_tokens + missing
+        self.prompt_tokens = SHARE_MEMORY * self.prompt_tokens + prompt_len
 
 
 class Fleet:
@@ -159,12 +174,14 @@ class Fleet:
             c["itl_s"][slot] = load.itl_s
         if load.itl_slope_s > 0:
             c["itl_slope_s"][slot] = load.itl_slope_s
-        queued_s = load.prefill_tokens / c["prefill_tokens_per_s"][slot]
+        uncached = load.waiting_tokens * pod.uncached_share + load.prefilling_tokens
+        queued_s = uncached / c["prefill_tokens_per_s"][slot]
         self._busy_until[slot] = now + queued_s + sum(p.prefill_s for p in pod.picks)
         c["running"][slot] = load.running + load.waiting + sum(p.streams for p in pod.picks)
         c["blocks_free"][slot] = load.blocks_free
         c["blocks_cached"][slot] = load.blocks_cached
-        self._spend_blocks(slot, sum(p.blocks for p in pod.picks))
+        waiting = load.waiting_tokens * pod.uncached_share / c["block_size"][slot]
+        self._spend_blocks(slot, waiting + sum(p.blocks for p in pod.picks))
         c["prefill_weight"][slot] = load.prefill_weight
         c["decode_weight"][slot] = load.decode_weight
         c["serving"][slot] = not load.draining
@@ -223,10 +240,12 @@ class Fleet:
 
     def place_prefill(self, slot: int, query: RouteQuery, cached: float, now: float) -> None:
         """The request is prefilled here."""
-        duration = (query.prompt_len - cached) / self._columns["prefill_tokens_per_s"][slot]
+        missing = query.prompt_len - cached
+        duration = missing / self._columns["prefill_tokens_per_s"][slot]
         self._busy_until[slot] = max(self._busy_until[slot], now) + duration
         self.in_flight.claim(slot, query.keys, now)
         self._note(slot, _Pick(now, float(duration), 0.0, 0.0))
+        self.pods[self._names[slot]].note_share(missing, query.prompt_len)
 
     # ---- cache
 
@@ -274,7 +293,7 @@ class Fleet:
         c = self._columns
         from_free = min(blocks, c["blocks_free"][slot])
         c["blocks_free"][slot] -= from_free
-        c["blocks_cached"][slot] = max(c["blocks_cached"][slot] - (blocks - from_free), 0.0)
+        c["blocks_cached"][slot] -= blocks - from_free
 
     def _take_slot(self, pod_id: str) -> int:
         if not self._free:
@@ -306,7 +325,7 @@ class Fleet:
         c = self._columns
         c["block_size"][slot] = model.block_size
         c["bytes_per_token"][slot] = model.block_bytes / model.block_size
-        c["blocks_free"][slot] = model.num_blocks
+        c["num_blocks"][slot] = c["blocks_free"][slot] = model.num_blocks
         c["max_seqs"][slot] = model.max_num_seqs
         if model.model not in self._models:
             self._models.append(model.model)

@@ -25,8 +25,10 @@ class LoadReport:
 
     running: int = 0
     waiting: int = 0
-    prefill_tokens: int = 0
-    """Prompt tokens not yet computed."""
+    waiting_tokens: int = 0
+    """Prompt tokens of waiting requests, those included that will turn out to be cached."""
+    prefilling_tokens: int = 0
+    """Prompt tokens of running requests that are not yet computed."""
     blocks_free: int = 1 << 20
     blocks_cached: int = 0
     prefill_tokens_per_s: float = 0.0

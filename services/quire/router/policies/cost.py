@@ -30,14 +30,19 @@ class ExpectedCost:
     """Seconds, for each pod as decode pod, with the cheapest way to prefill for it."""
 
     prices: c.Prices
+    min_tokens: int
+    """Uncached prompt tokens below which only local prefill counts."""
     name: str = "cost_s"
 
     def cost(self, query: RouteQuery, pods: Endpoints) -> Floats:
         """min(local, best remote) + decode + memory, scaled by the role."""
         prefill = local_cost(query, pods, self.prices)
-        for slot in prefill_candidates(query, pods, self.prices):
-            prefill = np.minimum(prefill, remote_cost(query, pods, slot, self.prices))
-        decode = c.decode_cost(query, pods, self.prices) + c.memory_cost(query, pods, self.prices)
+        long = c.uncached(query, pods) >= self.min_tokens
+        if long.any():
+            for slot in prefill_candidates(query, pods, self.prices):
+                remote = remote_cost(query, pods, slot, self.prices)
+                prefill = np.where(long, np.minimum(prefill, remote), prefill)
+        decode = c.decode_cost(query, pods, self.prices) + c.memory_wait(query, pods)
         weight = np.maximum(pods.decode_weight, c.MIN_WEIGHT)
         total: Floats = (prefill + decode) / weight
         return total
@@ -96,8 +101,8 @@ def _duration(query: RouteQuery, pods: Endpoints, slot: int) -> float:
 def prices_of(config: RouterConfig) -> c.Prices:
     """Prices from the options."""
     return c.Prices(
+        work=config.work_price,
         stall=config.stall_price,
-        evict=config.evict_price,
         chunk_tokens=config.prefill_chunk_tokens,
         round_trip_s=config.prefill_round_trip_s,
     )
@@ -105,9 +110,7 @@ def prices_of(config: RouterConfig) -> c.Prices:
 
 def build(config: RouterConfig) -> Policy:
     """The pipeline."""
-    prices = prices_of(config)
-    return Policy(
-        "cost",
-        Profile(DECODE_FILTERS, (ExpectedCost(prices),), Lowest(tie=config.tie_s)),
-        CheapestPrefill(prices, config.min_remote_prefill_tokens),
-    )
+    prices, min_tokens = prices_of(config), config.min_remote_prefill_tokens
+    scorer = ExpectedCost(prices, min_tokens)
+    profile = Profile(DECODE_FILTERS, (scorer,), Lowest(tie=config.tie_s))
+    return Policy("cost", profile, CheapestPrefill(prices, min_tokens))
