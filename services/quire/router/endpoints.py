@@ -6,7 +6,7 @@ by slot. It is a snapshot for one decision: frozen, and no policy writes to its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,11 +120,24 @@ class Endpoints:
         return Endpoint(pod=self.pods[slot], model=model, **values)
 
     def at(self, slots: NDArray[np.int64]) -> Endpoints:
-        """The pods in some slots, renumbered from 0; pair rates are left out."""
+        """The pods in some slots, renumbered from 0, each slot once or more."""
         columns = {f.name: getattr(self, f.name)[slots] for f in COLUMNS}
-        pods = [self.pods[slot] for slot in slots.tolist()]
-        model = self.model[slots]
-        return replace(self, pods=pods, model=model, pair_bytes_per_s=NO_RATES, **columns)
+        wanted = slots.tolist()
+        pairs = NO_RATES
+        if self.pair_bytes_per_s:
+            pairs = {
+                (i, j): self.pair_bytes_per_s[p, d]
+                for i, p in enumerate(wanted)
+                for j, d in enumerate(wanted)
+                if (p, d) in self.pair_bytes_per_s
+            }
+        return Endpoints(
+            pods=[self.pods[slot] for slot in wanted],
+            model_names=self.model_names,
+            model=self.model[slots],
+            pair_bytes_per_s=pairs,
+            **columns,
+        )
 
 
 def column(values: Sequence[Any]) -> NDArray[Any]:

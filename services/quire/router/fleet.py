@@ -230,12 +230,11 @@ class Fleet:
         return cached
 
     def place_decode(self, slot: int, query: RouteQuery, cached: float, now: float) -> None:
-        """The request decodes here: a stream, its blocks, and its prompt in the cache."""
+        """The request decodes here: a stream, and its blocks."""
         size = self._columns["block_size"][slot]
         blocks = (query.prompt_len - cached + query.expected_output) / size
         self._columns["running"][slot] += 1
         self._spend_blocks(slot, blocks)
-        self.in_flight.claim(slot, query.keys, now)
         self._note(slot, _Pick(now, 0.0, 1.0, blocks))
 
     def place_prefill(self, slot: int, query: RouteQuery, cached: float, now: float) -> None:
@@ -243,7 +242,6 @@ class Fleet:
         missing = query.prompt_len - cached
         duration = missing / self._columns["prefill_tokens_per_s"][slot]
         self._busy_until[slot] = max(self._busy_until[slot], now) + duration
-        self.in_flight.claim(slot, query.keys, now)
         self._note(slot, _Pick(now, float(duration), 0.0, 0.0))
         self.pods[self._names[slot]].note_share(missing, query.prompt_len)
 

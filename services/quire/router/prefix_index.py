@@ -106,7 +106,8 @@ class PrefixIndex:
         """The pod holds exactly these blocks. Only what differs is touched."""
         keys, held = np.unique(keys_of(hashes)), self._held(slot)
         self._take(slot, np.setdiff1d(held, keys, assume_unique=True))
-        self._give(slot, np.setdiff1d(keys, held, assume_unique=True))
+        given = np.setdiff1d(keys, held, assume_unique=True)
+        self._give(slot, given, self._table.find(given))
         self._shares[slot] = _Share(array("Q", keys.tobytes()), len(keys), _xor(hashes))
 
     def clear(self, slot: int) -> None:
@@ -116,11 +117,15 @@ class PrefixIndex:
 
     def add(self, slot: int, keys: NDArray[np.uint64]) -> None:
         """The pod will hold these blocks of one chain, by their keys. They are in no digest."""
-        missing = keys[~self._is_held(slot, keys)]
-        self._give(slot, missing)
+        numbers = self._table.find(keys)
+        missing = ~self._contain(numbers, slot)
+        if not missing.any():
+            return
+        keys = keys[missing]
+        self._give(slot, keys, numbers[missing])
         share = self._share(slot)
-        share.keys.frombytes(missing.tobytes())
-        share.count += len(missing)
+        share.keys.frombytes(keys.tobytes())
+        share.count += len(keys)
 
     # ---- what is asked
 
@@ -199,11 +204,11 @@ class PrefixIndex:
         if old != EMPTY:
             self._sets.unuse(old)
 
-    def _give(self, slot: int, keys: NDArray[np.uint64]) -> None:
-        """The pod holds blocks that it did not hold."""
+    def _give(self, slot: int, keys: NDArray[np.uint64], sets: NDArray[np.uint32]) -> None:
+        """The pod holds blocks that it did not hold; `sets` is what the table has for them."""
         if not len(keys):
             return
-        keys, numbers, counts = self._grouped(keys)
+        keys, numbers, counts = _grouped(keys, sets)
         moved = []
         for number, count in zip(numbers, counts.tolist(), strict=True):
             moved.append(new := self._sets.with_slot(number, slot))
@@ -215,7 +220,7 @@ class PrefixIndex:
         """The pod no longer holds blocks that it held."""
         if not len(keys):
             return
-        keys, numbers, counts = self._grouped(keys)
+        keys, numbers, counts = _grouped(keys, self._table.find(keys))
         moved = []
         for number, count in zip(numbers, counts.tolist(), strict=True):
             moved.append(new := self._sets.without_slot(number, slot))
@@ -233,28 +238,16 @@ class PrefixIndex:
             if number != EMPTY:
                 self._sets.unuse(number, count)
 
-    def _grouped(
-        self, keys: NDArray[np.uint64]
-    ) -> tuple[NDArray[np.uint64], list[int], NDArray[np.int64]]:
-        """The keys, by the set they have: (keys in order, sets, keys of each)."""
-        old = self._table.find(keys)
-        starts, ends = _runs(old)
-        if len(starts) > MAX_RUNS:  # a chain comes in few runs as it is
-            order = np.argsort(old, kind="stable")
-            keys, old = keys[order], old[order]
-            starts, ends = _runs(old)
-        return keys, old[starts].tolist(), ends - starts
-
     def _held(self, slot: int) -> NDArray[np.uint64]:
         """Keys the pod holds, ascending."""
         share = self._shares.get(slot)
         if share is None:
             return np.empty(0, np.uint64)
         keys = np.unique(np.frombuffer(share.keys, np.uint64))
-        return keys[self._is_held(slot, keys)]
+        return keys[self._contain(self._table.find(keys), slot)]
 
-    def _is_held(self, slot: int, keys: NDArray[np.uint64]) -> NDArray[np.bool]:
-        numbers = self._table.find(keys)
+    def _contain(self, numbers: NDArray[np.uint32], slot: int) -> NDArray[np.bool]:
+        """For each set, whether the pod is in it."""
         known = np.unique(numbers)
         held = [number for number in known.tolist() if self._sets.contains(number, slot)]
         return np.isin(numbers, np.array(held, np.uint32))
@@ -264,6 +257,18 @@ class PrefixIndex:
         if share is None:
             share = self._shares[slot] = _Share()
         return share
+
+
+def _grouped(
+    keys: NDArray[np.uint64], sets: NDArray[np.uint32]
+) -> tuple[NDArray[np.uint64], list[int], NDArray[np.int64]]:
+    """The keys, by the set they have: (keys in order, sets, keys of each)."""
+    starts, ends = _runs(sets)
+    if len(starts) > MAX_RUNS:  # a chain comes in few runs as it is
+        order = np.argsort(sets, kind="stable")
+        keys, sets = keys[order], sets[order]
+        starts, ends = _runs(sets)
+    return keys, sets[starts].tolist(), ends - starts
 
 
 def _runs(numbers: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -107,9 +107,10 @@ class Router:
         self, query: RouteQuery, pods: Endpoints, decode: int, prefill: int | None
     ) -> Decision:
         if prefill is None:
-            ttft = c.local_ttft(query, pods)[decode]
+            ttft = c.local_ttft(query, pods.at(np.array([decode])))[0]
         else:
-            ttft = c.remote_ttft(query, pods, prefill, self._prices)[decode]
+            pair = pods.at(np.array([prefill, decode]))
+            ttft = c.remote_ttft(query, pair, 0, self._prices)[1]
         cached, size = pods.cached_tokens, pods.block_size
         prefill_cached = 0.0 if prefill is None else cached[prefill]
         prefill_size = size[decode if prefill is None else prefill]
@@ -131,14 +132,16 @@ class Router:
         self, query: RouteQuery, pods: Endpoints, decode: int, prefill: int | None, now: float
     ) -> None:
         cached = pods.cached_tokens
-        self.fleet.place_decode(decode, query, float(cached[decode]), now)
         worker = decode if prefill is None else prefill
+        self.fleet.place_decode(decode, query, float(cached[decode]), now)
         self.fleet.place_prefill(worker, query, float(cached[worker]), now)
+        for slot in {decode, worker}:
+            self.fleet.in_flight.claim(slot, query.keys, now)
 
     def _keep(self, decision: Decision, query: RouteQuery, pods: Endpoints, choice: Choice) -> None:
-        known = np.array([bool(pod) for pod in pods.pods])
-        shown = np.flatnonzero(known)
-        if len(shown) > EXPLAINED_PODS:
+        if len(self.fleet) <= EXPLAINED_PODS:
+            shown = np.array([pod.slot for pod in self.fleet.pods.values()])
+        else:
             order = choice.costs[0] if choice.costs else np.zeros(len(pods))
             shown = c.cheapest(order, choice.kept, EXPLAINED_PODS - 2)
             chosen = (decision.decode_pod, decision.prefill_pod)

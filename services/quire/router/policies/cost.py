@@ -17,12 +17,14 @@ from quire.router.pickers import Lowest
 from quire.router.profile import Policy, Profile
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from quire.config.router import RouterConfig
     from quire.router.endpoints import Endpoints, Flags, Floats
     from quire.router.query import RouteQuery
 
 CANDIDATES = 4
-"""Prefill pods that are compared in full, chosen by what the decode pod does not change."""
+"""Pods of each kind that are compared in pairs, chosen by what the other one does not change."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,24 @@ class ExpectedCost:
 
     def cost(self, query: RouteQuery, pods: Endpoints) -> Floats:
         """min(local, best remote) + decode + memory, scaled by the role."""
+        others = c.decode_cost(query, pods, self.prices) + c.memory_wait(query, pods)
         prefill = local_cost(query, pods, self.prices)
-        long = c.uncached(query, pods) >= self.min_tokens
-        if long.any():
-            for slot in prefill_candidates(query, pods, self.prices):
-                remote = remote_cost(query, pods, slot, self.prices)
-                prefill = np.where(long, np.minimum(prefill, remote), prefill)
-        decode = c.decode_cost(query, pods, self.prices) + c.memory_wait(query, pods)
-        weight = np.maximum(pods.decode_weight, c.MIN_WEIGHT)
-        total: Floats = (prefill + decode) / weight
+        decodes = self._remote_decodes(query, pods, others)
+        prefills = prefill_candidates(query, pods, self.prices) if len(decodes) else []
+        if prefills:
+            remote = remote_costs(query, pods, (prefills, decodes.tolist()), self.prices)
+            prefill[decodes] = np.minimum(prefill[decodes], remote.min(axis=0))
+        total: Floats = (prefill + others) / np.maximum(pods.decode_weight, c.MIN_WEIGHT)
         return total
+
+    def _remote_decodes(
+        self, query: RouteQuery, pods: Endpoints, others: Floats
+    ) -> NDArray[np.int64]:
+        """Decode pods that are cheapest when another pod prefills."""
+        sent = c.uncached(query, pods)
+        transfer = sent * pods.bytes_per_token / pods.receive_bytes_per_s
+        may = pods.serving & (pods.decode_weight > 0) & ~pods.suspect & (sent >= self.min_tokens)
+        return c.cheapest(others + transfer + c.seat_wait(query, pods), may, CANDIDATES)
 
 
 @dataclass(frozen=True)
@@ -61,13 +71,13 @@ class CheapestPrefill:
         """The prefill pod's slot; None to prefill on the decode pod."""
         if query.prompt_len - pods.cached_tokens[decode] < self.min_tokens:
             return None
-        best, least = None, float(local_cost(query, pods, self.prices)[decode])
-        for slot in prefill_candidates(query, pods, self.prices):
-            if slot != decode:
-                cost = float(remote_cost(query, pods, slot, self.prices)[decode])
-                if cost < least:
-                    best, least = slot, cost
-        return best
+        prefills = prefill_candidates(query, pods, self.prices)
+        if not prefills:
+            return None
+        remote = remote_costs(query, pods, (prefills, [decode]), self.prices)[:, 0]
+        local = local_cost(query, pods.at(np.array([decode])), self.prices)[0]
+        best = int(remote.argmin())
+        return prefills[best] if remote[best] < local else None
 
 
 def local_cost(query: RouteQuery, pods: Endpoints, prices: c.Prices) -> Floats:
@@ -75,13 +85,21 @@ def local_cost(query: RouteQuery, pods: Endpoints, prices: c.Prices) -> Floats:
     return c.local_ttft(query, pods) + c.prefill_harm(query, pods, prices)
 
 
-def remote_cost(query: RouteQuery, pods: Endpoints, prefill: int, prices: c.Prices) -> Floats:
-    """Prefilling on `prefill` for each decode pod."""
-    own = float(c.prefill_cost(query, pods.at(np.array([prefill])), prices)[0])
-    harm_and_role = own - pods.wait_s[prefill] - _duration(query, pods, prefill)
-    cost: Floats = c.remote_ttft(query, pods, prefill, prices) + harm_and_role
-    cost[prefill] = np.inf  # to itself it would be local
-    return cost
+def remote_costs(
+    query: RouteQuery, pods: Endpoints, pairs: tuple[list[int], list[int]], prices: c.Prices
+) -> Floats:
+    """Prefilling on another pod, for every pair of (prefill slots, decode slots)."""
+    prefills, decodes = pairs
+    few = pods.at(np.array([*decodes, *prefills]))
+    scaled = c.prefill_cost(query, few, prices)
+    plain = few.wait_s + c.uncached(query, few) / few.prefill_tokens_per_s
+    costs = np.empty((len(prefills), len(decodes)))
+    for row, slot in enumerate(prefills):
+        at = len(decodes) + row
+        ttft = c.remote_ttft(query, few, at, prices)[: len(decodes)]
+        costs[row] = ttft + scaled[at] - plain[at]  # its harm and role, its time is in the first
+        costs[row, [d == slot for d in decodes]] = np.inf  # to itself it would be local
+    return costs
 
 
 def prefill_candidates(query: RouteQuery, pods: Endpoints, prices: c.Prices) -> list[int]:
@@ -91,11 +109,6 @@ def prefill_candidates(query: RouteQuery, pods: Endpoints, prices: c.Prices) -> 
         kept = f.keep(query, pods, kept)
     slots = c.cheapest(c.prefill_cost(query, pods, prices), kept, CANDIDATES)
     return [int(slot) for slot in slots]
-
-
-def _duration(query: RouteQuery, pods: Endpoints, slot: int) -> float:
-    missing = query.prompt_len - pods.cached_tokens[slot]
-    return float(missing / pods.prefill_tokens_per_s[slot])
 
 
 def prices_of(config: RouterConfig) -> c.Prices:
