@@ -13,6 +13,7 @@ belongs to the transfer until an event gives it back, and every one comes back e
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import threading
 import time
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from quire.transfer.negotiate import Identity, Peer
     from quire.transfer.state import Event
 
+logger = logging.getLogger(__name__)
+
 START_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 10.0
 FENCE_TIMEOUT_S = 5.0
@@ -54,7 +57,8 @@ class Endpoint:
         self._identity = identity
         node = Node(identity, config, memory, time.monotonic)
         chosen = make_transports(config, node) if transports is None else transports
-        self._core = Core(node, chosen, on_event)
+        self._on_event = on_event
+        self._core = Core(node, chosen, self._emit)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._started: Future[Peer] = Future()
@@ -159,6 +163,12 @@ class Endpoint:
         return self._submit(self._core.probe(peer, transport, total_bytes))
 
     # ----
+
+    def _emit(self, event: Event) -> None:
+        try:
+            self._on_event(event)
+        except Exception:  # a caller's mistake must not cost the other transfers their timers
+            logger.exception("on_event raised at %s", event)
 
     def _lease(self, lease_s: float | None) -> float:
         return self._config.kv_lease_s if lease_s is None else lease_s

@@ -57,6 +57,8 @@ logger = logging.getLogger(__name__)
 MEMORY = "DRAM"
 POLL_S = 0.002
 """A write is watched this long before another link's turn."""
+_YIELD_S = 20e-6
+"""Between two looks at a write: the agent's own thread makes the progress and needs the CPU."""
 
 
 @dataclass
@@ -111,8 +113,11 @@ class Agent:
         drained = not self._in_flight[name] and all(peer != name for peer, _ in self._limbo)
         return Target(name, landing.base, landing.num_slots), drained
 
-    def post(self, target: Target, slot: int, head: bytes, parts: Sequence[memoryview]) -> Any:
-        """Start to write a frame's payload and trailer into a slot; the handle to poll."""
+    def post(
+        self, target: Target, slot: int, head: bytes, parts: Sequence[memoryview]
+    ) -> tuple[Any, bool]:
+        """Start to write a frame's payload and trailer into a slot: the handle to poll, and
+        whether the write is complete already."""
         at = slot * HEADER_BYTES
         ctypes.memmove(self._heads_base + at, head[:HEADER_BYTES], HEADER_BYTES)
         places = [divmod(address_of(part) - self._base, self._memory.block_bytes) for part in parts]
@@ -124,7 +129,7 @@ class Agent:
             handle = self._describe(target, slot, parts)
         self._agent.transfer(handle)
         self._in_flight[target.name] += 1
-        return handle
+        return handle, self.poll(handle)
 
     def poll(self, handle: Any) -> bool:
         """Watch a write for a moment; True when it is complete. Raises when it failed."""
@@ -132,7 +137,7 @@ class Agent:
         while (state := self._agent.check_xfer_state(handle)) == "PROC":
             if time.monotonic() > end:
                 return False
-            time.sleep(0)
+            time.sleep(_YIELD_S)
         if state != "DONE":
             raise OSError(f"a one-sided write failed: {state}")
         self._agent.release_xfer_handle(handle)
@@ -270,8 +275,7 @@ class NixlChannel:
         self, target: Target, slot: int, head: bytes, parts: Sequence[memoryview]
     ) -> None:
         agent, run = self._transport.agent, self._transport.run
-        handle = await run(agent.post, target, slot, head, parts)
-        is_done = False
+        handle, is_done = await run(agent.post, target, slot, head, parts)
         try:
             while not is_done and not self._is_closed:
                 is_done = await run(agent.poll, handle)

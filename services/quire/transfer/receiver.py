@@ -6,7 +6,6 @@ with it. What is not found is fenced: thrown away unread, counted, and its sende
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -135,17 +134,13 @@ class Receiver:
     def on_frame(self, link: ReceivingLink, header: Header, body: bytes) -> None:
         """OPEN, COMMIT, FAIL or KEEP."""
         incoming, now = self.find(header), self._node.clock()
-        if incoming is None and header.kind == Kind.OPEN:
-            # The caller promised on another thread before it told the sender; the promise may wait
-            # in the loop's queue while this frame was read first. Behind that queue it is known.
-            asyncio.get_running_loop().call_soon(self._open, link, header)
-            return
         if incoming is None:
             self._on_unknown(link, header)
             return
         machine, rank = incoming.machine, link.peer_shard.rank
         if header.kind == Kind.OPEN:
-            self._open(link, header)
+            incoming.links[rank] = link
+            self._do(incoming, machine.opened(rank, now))
         elif incoming.links.get(rank) is not link:
             self.fence(link, header)
         elif header.kind == Kind.COMMIT:
@@ -192,16 +187,6 @@ class Receiver:
                     self._do(incoming, incoming.machine.lost(rank))
 
     # ----
-
-    def _open(self, link: ReceivingLink, header: Header) -> None:
-        """A sender is there."""
-        incoming = self.find(header)
-        if incoming is None:
-            self._on_unknown(link, header)
-            return
-        rank = link.peer_shard.rank
-        incoming.links[rank] = link
-        self._do(incoming, incoming.machine.opened(rank, self._node.clock()))
 
     def _on_unknown(self, link: ReceivingLink, header: Header) -> None:
         ref = TransferRef(header.transfer, header.epoch, header.incarnation)
