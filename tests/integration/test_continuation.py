@@ -15,17 +15,21 @@ import time
 import pytest
 from server import running_server
 
+FLEETS = {
+    "equal": ("--replicas", "2"),
+    "disaggregated": ("--prefill", "1", "--decode", "1", "--kv-lease-s", "2"),
+}
 FLAGS = (
-    "--replicas", "2", "--max-model-len", "512", "--kv-cache-memory-bytes", "32M",
+    "--max-model-len", "512", "--kv-cache-memory-bytes", "32M",
     "--worker-silence", "1.5", "--num-threads", "1",
 )  # fmt: skip
 SETTLE_S = 20
 RNG_SEED = 11
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running_server(*FLAGS) as server:
+@pytest.fixture(scope="module", params=FLEETS)
+def server(request):
+    with running_server(*FLAGS, *FLEETS[request.param]) as server:
         wait_until(lambda: server.metric("quire_gateway_worker_up") == 2, "both workers are ready")
         yield server
 
@@ -41,7 +45,7 @@ def request_body(number: int) -> dict:
     rng = random.Random(number)
     body = {
         "model": "demo",
-        "prompt": f"# file {number % 5}\n" + "import os\n" * rng.randrange(12) + "def ",
+        "prompt": f"# file {number % 5}\n" + "import os\n" * rng.randrange(40) + "def ",
         "max_tokens": rng.choice([60, 150, 250]),
         "ignore_eos": True,
         "n": rng.choice([1, 1, 2]),
@@ -108,7 +112,8 @@ def assert_nothing_is_left(server) -> None:
     def held() -> float:
         lines = server.get("/metrics").splitlines()
         blocks = [x for x in lines if x.startswith("quire_kv_blocks{")]
-        assert len({x.split('engine="')[1][0] for x in blocks}) == 2
+        if len({x.split('engine="')[1][0] for x in blocks}) < 2:
+            return 1.0  # a worker did not answer in time
         return sum(float(x.rsplit(" ", 1)[1]) for x in blocks if any(s in x for s in states))
 
     wait_until(lambda: held() == 0, "no block is owned")
@@ -128,7 +133,7 @@ async def disturb(server, how: str, rng: random.Random, over: asyncio.Event) -> 
             os.kill(victim, signal.SIGKILL)
         else:
             os.kill(victim, signal.SIGSTOP)
-            await asyncio.sleep(rng.uniform(2.0, 3.0))
+            await asyncio.sleep(rng.uniform(3.0, 4.0))  # longer than silence is borne
             os.kill(victim, signal.SIGCONT)
     return count
 
@@ -153,5 +158,5 @@ def test_every_answer_is_that_of_an_undisturbed_run(server, how) -> None:
     assert count > 0
     for number, (one, other) in enumerate(zip(got, want, strict=True)):
         assert one == other, f"request {number}: {request_body(number)}"
-    assert resubmissions(server) > before
+    assert resubmissions(server) > before, f"{how} {count} times, and nothing had to go on"
     assert_nothing_is_left(server)
