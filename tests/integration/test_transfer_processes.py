@@ -126,6 +126,10 @@ def test_a_receiver_that_dies_or_hangs_leaves_nothing_at_the_sender(transport, h
         assert event.failure in (Failure.LOST, Failure.LEASE)
         offered = {"open": 4, "flowing": 24, "committing": 30}[moment]
         assert p.returned(ref) == list(range(offered))
+        if how == "stop":  # and it finds out itself when it runs again
+            d.resume()
+            assert poll(d, ref).failure is Failure.LOST
+            assert returned(d.told(), ref) == list(range(20))
 
 
 @pytest.mark.parametrize("who", ["sender", "receiver"])
