@@ -203,6 +203,22 @@ def test_a_request_goes_on_when_its_only_worker_comes_back(tokenizer, socket_pat
         assert f'quire_gateway_resubmissions_total{{reason="{reason}"}} 1.0' in page
 
 
+def test_a_hung_engine_loses_its_requests_until_it_moves(tokenizer, socket_path):
+    script = speak(words(tokenizer, 20), delay_s=0.02)
+    with gateway(tokenizer, script, grpc_socket=socket_path, max_step_age=5.0) as server:
+        thread, results = in_background(lambda: server.chat(stream=True))
+        server.until(lambda: "output_tokens_total 0.0" not in server.get("/metrics").text)
+        server.worker.step_age_s = 6.0
+        server.until(lambda: server.get("/readyz").status == 503)
+        server.until(lambda: server.worker.aborted == [1])
+        server.worker.step_age_s = 0.0
+        thread.join(30)
+        text = "".join(e["choices"][0]["delta"].get("content", "") for e in results[0].events)
+        assert text == "Hello world" * 20
+        assert server.worker.sessions == 1
+        assert 'resubmissions_total{reason="hung"} 1.0' in server.get("/metrics").text
+
+
 def test_a_request_fails_when_its_worker_does_not_come_back_in_time(tokenizer, socket_path):
     script = speak(words(tokenizer, 200), delay_s=0.02)
     with gateway(tokenizer, script, grpc_socket=socket_path, worker_wait=0.5) as server:

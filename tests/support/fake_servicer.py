@@ -25,6 +25,7 @@ class FakeServicer(worker_pb2_grpc.WorkerServicer):
         self.sessions = 0
         self.end_watch = asyncio.Event()
         self.end_session = asyncio.Event()
+        self.step_age_s = 0.0
         self.hold_watch = asyncio.Event()
         """Set: Watch says nothing, as if the process was stopped."""
 
@@ -35,7 +36,9 @@ class FakeServicer(worker_pb2_grpc.WorkerServicer):
         yield worker_pb2.WorkerUpdate(model=self.model)
         while not self.end_watch.is_set():
             if not self.hold_watch.is_set():
-                load = worker_pb2.Load(step=1, running=len(self.submitted))
+                load = worker_pb2.Load(
+                    step=1, running=len(self.submitted), step_age_s=self.step_age_s
+                )
                 yield worker_pb2.WorkerUpdate(load=load)
             await asyncio.sleep(0.1)
 
