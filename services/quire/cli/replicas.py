@@ -1,6 +1,7 @@
 """The worker processes of one server: each with its socket, supervisor, and a watch on its start.
 
-They are equal: the server is there for its clients as long as one of them is.
+Whatever their roles, each can do everything: the server is there for its clients as long as one of
+them is.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from quire.cli.supervisor import Supervisor
 from quire.config.base import to_mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from pathlib import Path
 
     from quire.config.engine import EngineConfig
+    from quire.config.gateway import GatewayConfig
 
 logger = logging.getLogger(__name__)
 
@@ -64,26 +66,35 @@ class Replicas:
         ]
 
 
+def roles_of(gateway: GatewayConfig) -> list[str]:
+    """Role of each worker: equal ones that do both, or prefill workers and decode workers."""
+    if not gateway.prefill:
+        return ["both"] * gateway.replicas
+    return ["prefill"] * gateway.prefill + ["decode"] * max(gateway.decode, 1)
+
+
 def replicas_of(
     engine: EngineConfig,
-    count: int,
+    roles: Sequence[str],
     folder: Path,
     common: Mapping[str, Any],
     on_restart: Callable[[], None],
 ) -> Replicas:
-    """`count` workers that share this machine, listening in `folder`. Nothing is started yet.
+    """Workers that share this machine, listening in `folder`. Nothing is started yet.
 
     `common` are options beside the engine's, see `quire.worker`.
     """
-    options = {"engine": to_mapping(shared(engine, count)), **common}
+    options = {"engine": to_mapping(shared(engine, len(roles))), **common}
     return Replicas(
         tuple(
             Supervisor(
-                options=options | {"listen": f"unix:{socket}", "number": number},
+                options=options
+                | {"listen": f"unix:{socket}", "number": number, "role": role}
+                | {"worker": f"{role}-{number}"},
                 socket=socket,
                 on_restart=on_restart,
             )
-            for number in range(count)
+            for number, role in enumerate(roles)
             for socket in [folder / f"worker-{number}.sock"]
         )
     )

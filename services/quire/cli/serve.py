@@ -15,17 +15,20 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from secrets import token_urlsafe
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.listen import ListenError, closing, listen
-from quire.cli.replicas import Replicas, replicas_of
+from quire.cli.replicas import Replicas, replicas_of, roles_of
 from quire.cli.startup import Quiet, StartupWatch
 from quire.cli.supervisor import private_folder
+from quire.config.base import to_mapping
 from quire.config.engine import EngineConfig
 from quire.config.flags import Command, parse
 from quire.config.gateway import GatewayConfig
 from quire.config.logs import LogConfig
+from quire.config.transfer import TransferConfig
 from quire.telemetry import logging as logs
 from quire.telemetry.instruments import new_registry
 from quire.telemetry.metrics import WORKER_RESTARTS, gateway_instruments
@@ -44,7 +47,7 @@ logger = logging.getLogger(__name__)
 COMMAND = Command(
     prog="quire serve",
     summary="Serve a model over an OpenAI-compatible HTTP API.",
-    owners=(EngineConfig, GatewayConfig, LogConfig),
+    owners=(EngineConfig, GatewayConfig, TransferConfig, LogConfig),
     positional="model",
     reads_environment=True,
     epilog="Without MODEL, the demo model inside the package is served: nothing is downloaded.",
@@ -110,14 +113,21 @@ class _Serving:
     async def with_own_workers(self, folder: Path) -> int:
         """Serve with workers of our own, which end when this does."""
         log = self.resolved.get(LogConfig)
-        common = {
+        common: dict[str, Any] = {
             "served_model_name": self.model_name,
             "log_level": log.log_level,
             "log_format": log.log_format,
         }
+        if self.gateway.prefill:
+            common["transfer"] = to_mapping(self._transfer())
         on_restart = self.instruments.get(WORKER_RESTARTS).inc
-        replicas = replicas_of(self.engine, self.gateway.replicas, folder, common, on_restart)
+        replicas = replicas_of(self.engine, roles_of(self.gateway), folder, common, on_restart)
         return await self._serve(replicas.addresses, replicas, replicas.watches(self._ready))
+
+    def _transfer(self) -> TransferConfig:
+        """How the workers exchange KV blocks; with a secret of this run if none was given."""
+        config = self.resolved.get(TransferConfig)
+        return config if config.cluster_token else replace(config, cluster_token=token_urlsafe())
 
     async def _serve(
         self, addresses: Sequence[str], replicas: Replicas | None, watches: list[StartupWatch]

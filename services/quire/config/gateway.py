@@ -11,7 +11,7 @@ from quire.config.option import option
 MIB = 1 << 20
 _NOT_NEGATIVE = (
     "sse_keep_alive_interval", "shutdown_timeout", "request_timeout", "max_resubmissions",
-    "worker_wait",
+    "worker_wait", "prefill", "decode",
 )  # fmt: skip
 _POSITIVE = ("worker_silence", "max_step_age")
 _AT_LEAST_ONE = (
@@ -66,6 +66,11 @@ class GatewayConfig:
     """Role of the generated message."""
     replicas: int = option(1, "workers")
     """Worker processes to start, each with the whole model."""
+    prefill: int = option(0, "workers")
+    """Worker processes that compute prompts, and push their KV blocks to those of --decode."""
+    decode: int = option(0, "workers")
+    """Worker processes that answer requests with prompts from those of --prefill; 1 if only
+    --prefill is given. Together they take the place of --replicas."""
     worker: tuple[str, ...] = option((), "workers")
     """gRPC address of a running worker (host:port or unix:/path), several are allowed; none is
     started then."""
@@ -99,6 +104,10 @@ class GatewayConfig:
         if any(not key for key in self.api_key):
             raise ValueError("api_key must not be empty")
         self._check_numbers()
+        if self.decode and not self.prefill:
+            raise ValueError(
+                "decode workers need --prefill; --replicas starts workers that do both"
+            )
         if not (self.is_local or self.api_key or self.allow_unauthenticated):
             raise ValueError(
                 f"host {self.host} is open to the network and no API key is set: give --api-key, "

@@ -29,6 +29,7 @@ from quire.router.query import RouteQuery
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from quire.gateway.placement import Place
     from quire.gateway.replies import Replies
     from quire.gateway.worker import Worker
     from quire.proto.worker_pb2 import ChoiceOutput, Failure, Submit
@@ -60,8 +61,8 @@ class Workplace(Protocol):
 
     patience: Patience
 
-    def pick(self, run: Continuation) -> Worker | None:
-        """A ready worker for the request, None when there is none."""
+    def pick(self, run: Continuation) -> Place | None:
+        """Ready workers for the request, None when there is none."""
 
     def has_untried(self, run: Continuation) -> bool:
         """A worker is ready that has not failed this request since its last token."""
@@ -234,10 +235,13 @@ class Continuation:
 
     def _send(self) -> bool:
         """Send the current attempt; False when no worker is ready."""
-        worker = self._workplace.pick(self)
-        if worker is None:
+        place = self._workplace.pick(self)
+        if place is None:
             return False
-        submit = self.journal.message()
+        worker, submit = place.worker, self.journal.message()
+        if place.prefill is not None:
+            submit.prefill.worker = place.prefill.name
+            submit.prefill.address = place.prefill.address
         self._attempt = _Attempt(self, worker, submit)
         if self.fingerprint is None and worker.model is not None:
             self.fingerprint = worker.model.fingerprint

@@ -71,6 +71,7 @@ class FakeWorker:
 
     def __init__(self, model: worker_pb2.ModelInfo, script: Script, *, name: str = "0") -> None:
         self.name = name
+        self.address = f"fake:{name}"
         self.on_change: Callable[[], None] = lambda: None
         self.model: worker_pb2.ModelInfo | None = model
         self.ready = True

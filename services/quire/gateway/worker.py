@@ -69,6 +69,8 @@ class Worker(Protocol):
 
     name: str
     """Distinct among the gateway's workers."""
+    address: str
+    """gRPC address under which other workers reach it too."""
     on_change: Callable[[], None]
     """Called when the worker becomes ready, is ready no more, or drains."""
 

@@ -84,7 +84,7 @@ class WorkerClient:
     def __init__(self, address: str, vigilance: Vigilance, *, name: str = "0") -> None:
         self.name = name
         self.on_change: Callable[[], None] = lambda: None
-        self._address = address
+        self.address = address
         self._vigilance = vigilance
         self._pending: dict[int, _Pending] = {}
         self._next_number = 1
@@ -163,13 +163,13 @@ class WorkerClient:
     async def _connect(self) -> bool:
         """One connection, from start to loss; whether requests could be submitted over it."""
         loss = Loss.LOST
-        async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             self._stub = WorkerStub(channel)
             try:
                 async with asyncio.TaskGroup() as streams:
                     await self._watch(self._stub, streams)
             except* (grpc.aio.AioRpcError, _Lost) as group:
-                logger.debug("worker %s at %s: %s", self.name, self._address, group.exceptions)
+                logger.debug("worker %s at %s: %s", self.name, self.address, group.exceptions)
                 if any(isinstance(e, _Lost) and e.args for e in group.exceptions):
                     loss = Loss.SILENT
             self._stub = None
@@ -177,7 +177,7 @@ class WorkerClient:
             if was_connected:  # before the channel is closed, which may take its time
                 self.startup = worker_pb2.Startup(phase="connect")
                 self.load = worker_pb2.Load()
-                logger.warning("worker %s at %s is gone (%s)", self.name, self._address, loss)
+                logger.warning("worker %s at %s is gone (%s)", self.name, self.address, loss)
                 self.on_change()
                 self.release(loss)
         return was_connected
@@ -213,7 +213,7 @@ class WorkerClient:
         streams.create_task(self._listen())
         self._is_connected = True
         self.startup = worker_pb2.Startup(phase="ready")
-        logger.info("worker %s at %s serves %s", self.name, self._address, model.model)
+        logger.info("worker %s at %s serves %s", self.name, self.address, model.model)
         self.on_change()
 
     async def _listen(self) -> None:

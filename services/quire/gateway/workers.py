@@ -20,7 +20,7 @@ from quire.telemetry.instruments import join_pages
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from quire.gateway.placement import Placement
+    from quire.gateway.placement import Place, Placement
     from quire.gateway.worker import Worker
 
 SUMMED = (
@@ -129,8 +129,8 @@ class Workers:
 
     # ---- Workplace
 
-    def pick(self, run: Continuation) -> Worker | None:
-        """A ready worker, if possible one that has not failed the request."""
+    def pick(self, run: Continuation) -> Place | None:
+        """Ready workers, if possible such as have not failed the request."""
         ready = self._ready_for(run)
         if not ready:
             return None

@@ -1,9 +1,9 @@
 """`python -m quire.worker`: a worker process, started by `quire serve` or by a pod.
 
 The first line of stdin is a JSON object: {"engine": {...EngineConfig}, "listen": "unix:/path",
-"served_model_name": "...", "number": 0, "worker": "name", "transfer": {...TransferConfig}}. Without
-"transfer" no KV blocks are exchanged. The process ends when stdin closes, so it never outlives its
-parent.
+"served_model_name": "...", "number": 0, "worker": "name", "role": "prefill|decode|both",
+"transfer": {...TransferConfig}}. Without "transfer" no KV blocks are exchanged. The process ends
+when stdin closes, so it never outlives its parent.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def main() -> int:
         print(f"quire: error: bad worker options: {error}", file=sys.stderr)
         return 2
     from quire.telemetry.logging import configure
-    from quire.worker.disaggregation import TransferOptions
+    from quire.worker.disaggregation import Role, TransferOptions
     from quire.worker.server import WorkerOptions, serve
 
-    transfer = None if kv is None else TransferOptions(raw.get("worker", listen), kv)
+    role = Role(raw.get("role", "both"))
+    transfer = None if kv is None else TransferOptions(raw.get("worker", listen), kv, role)
     configure(raw.get("log_level", "info"), raw.get("log_format", "text"))
     return asyncio.run(serve(WorkerOptions(engine, listen, name, transfer, number)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from quire.transfer.endpoint import Endpoint
@@ -22,6 +23,24 @@ if TYPE_CHECKING:
     from quire.transfer.state import Event
 
 
+class Role(StrEnum):
+    """What a worker is for. A routing weight and no more: every worker can do everything."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+    @property
+    def prefill_weight(self) -> float:
+        """Share of prefill work it should get while others can do it."""
+        return 0.0 if self is Role.DECODE else 1.0
+
+    @property
+    def decode_weight(self) -> float:
+        """Share of decode work it should get while others can do it."""
+        return 0.0 if self is Role.PREFILL else 1.0
+
+
 @dataclass(frozen=True)
 class TransferOptions:
     """How this worker is known to others and reaches them."""
@@ -29,6 +48,7 @@ class TransferOptions:
     worker: str
     """Stable name of the pod."""
     config: TransferConfig
+    role: Role = Role.BOTH
 
 
 def is_export(engine_id: str) -> bool:
@@ -39,7 +59,10 @@ def is_export(engine_id: str) -> bool:
 class Disaggregation:
     """Both roles of a worker over one endpoint. Lives on the event loop."""
 
-    def __init__(self, endpoint: Endpoint, decode: DecodeRole, prefill: PrefillRole) -> None:
+    def __init__(
+        self, endpoint: Endpoint, decode: DecodeRole, prefill: PrefillRole, role: Role
+    ) -> None:
+        self.role = role
         self._endpoint = endpoint
         self._decode = decode
         self.prefill = prefill
@@ -67,7 +90,7 @@ class Disaggregation:
         decode = DecodeRole(loop, endpoint, peer)
         prefill = PrefillRole(loop, endpoint)
         events.roles = (decode, prefill)
-        return cls(endpoint, decode, prefill)
+        return cls(endpoint, decode, prefill, options.role)
 
     def with_remote_prompt(
         self, request: EngineRequest, submit: worker_pb2.Submit

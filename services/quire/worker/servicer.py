@@ -249,11 +249,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             now = self._asyncio.time()
             if now >= next_load:
                 next_load = now + WATCH_LOAD_S
-                yield worker_pb2.WorkerUpdate(load=convert.load_to(loop.state, loop.stalled_s()))
+                yield worker_pb2.WorkerUpdate(load=self._load(loop))
             if feed is not None:
                 for update in await feed.updates(loop):
                     yield update
             await asyncio.sleep(period)
+
+    def _load(self, loop: EngineLoop) -> worker_pb2.Load:
+        load = convert.load_to(loop.state, loop.stalled_s())
+        if self._disaggregation is not None:
+            load.prefill_weight = self._disaggregation.role.prefill_weight
+            load.decode_weight = self._disaggregation.role.decode_weight
+        return load
 
     # ---- Control
 

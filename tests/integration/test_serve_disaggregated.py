@@ -1,0 +1,57 @@
+"""`quire serve --prefill 1 --decode 2`: the disaggregated shape in local processes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from server import running_server
+
+from quire import LLM, SamplingParams
+
+PROMPT = "import os\n" * 60 + "def "
+
+
+@pytest.fixture(scope="module")
+def server():
+    flags = ("--prefill", "1", "--decode", "2", "--max-model-len", "512", "--num-threads", "1")
+    patient = ("--kv-heartbeat-s", "5", "--kv-lease-s", "60", "--kv-cache-memory-bytes", "32M")
+    with running_server(*flags, *patient) as server:
+        for _ in range(200):
+            if server.metric("quire_gateway_worker_up") == 3:
+                break
+            asyncio.run(asyncio.sleep(0.1))
+        yield server
+
+
+def computed(server, engine: int) -> float:
+    return server.metric(f'quire_step_tokens_sum{{engine="{engine}"')
+
+
+def test_prompts_are_computed_by_the_prefill_worker_and_answers_are_the_same(server) -> None:
+    asyncio.run(asyncio.sleep(1.5))  # roles come with the first load reports
+    params = SamplingParams(seed=6, max_tokens=30, n=2, temperature=0.9)
+    [want] = LLM("demo", max_model_len=512).generate(PROMPT, params, use_tqdm=False)
+    body = {"model": "demo", "prompt": PROMPT, "seed": 6, "max_tokens": 30, "n": 2}
+    got = server.post("/v1/completions", body | {"temperature": 0.9, "top_p": 1})
+    assert [c["text"] for c in got["choices"]] == [c.text for c in want.outputs]
+    assert computed(server, 0) == len(want.prompt_token_ids)
+    answered = sum(len(c.token_ids) for c in want.outputs)
+    assert computed(server, 1) + computed(server, 2) <= answered - 2
+
+
+def test_many_streams_at_once_leave_nothing_behind(server) -> None:
+    async def one(number: int) -> dict:
+        body = {"model": "demo", "prompt": PROMPT + f"f{number}(", "max_tokens": 20, "seed": number}
+        return await asyncio.to_thread(server.post, "/v1/completions", body)
+
+    async def all_at_once() -> list[dict]:
+        return await asyncio.gather(*(one(i) for i in range(24)))
+
+    first = asyncio.run(all_at_once())
+    again = asyncio.run(all_at_once())
+    texts = [[a["choices"][0]["text"] for a in answers] for answers in (first, again)]
+    assert texts[0] == texts[1]
+    owned = [x for x in server.get("/metrics").splitlines() if 'state="owned"' in x]
+    assert len(owned) == 3
+    assert all(line.endswith(" 0.0") for line in owned)
