@@ -16,6 +16,8 @@ from quire.router.prefix_index import PrefixIndex
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+FIRST_BLOCKS = 1 << 16
+
 
 class InFlight:
     """Chains sent lately, per slot. `now` is any monotonic clock, in seconds."""
@@ -23,6 +25,7 @@ class InFlight:
     def __init__(self, ttl_s: float) -> None:
         self._ttl_s = ttl_s
         self._young, self._old = PrefixIndex(), PrefixIndex()
+        self._young.reserve(FIRST_BLOCKS)
         self._turned = 0.0
 
     @property
@@ -51,5 +54,6 @@ class InFlight:
             expired = now - self._turned >= 2 * self._ttl_s
             self._old = PrefixIndex() if expired else self._young
             self._young = PrefixIndex()
-            self._young.reserve(len(self._old))
+            # as many as last time, so that no decision stops to grow the table
+            self._young.reserve(max(len(self._old), FIRST_BLOCKS))
             self._turned = now
