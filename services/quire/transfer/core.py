@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from quire.transfer.frames import Header, Kind, pack
-from quire.transfer.layout import PIECE_BYTES, share
+from quire.transfer.layout import FRAME_BYTES, share
 from quire.transfer.link import Link, LinkRefused, Outgoing
 from quire.transfer.negotiate import Peer, choose
 from quire.transfer.receiver import Receiver, ReceivingLink
@@ -176,9 +176,9 @@ class Core:
             start = time.perf_counter()
             await self._probe_once(link, 0)
             middle = time.perf_counter()
-            count = max(total_bytes // PIECE_BYTES, 1)
-            await asyncio.gather(*(self._probe_once(link, PIECE_BYTES) for _ in range(count)))
-            rate = count * PIECE_BYTES / (time.perf_counter() - middle)
+            count = max(total_bytes // FRAME_BYTES, 1)
+            await asyncio.gather(*(self._probe_once(link, FRAME_BYTES) for _ in range(count)))
+            rate = count * FRAME_BYTES / (time.perf_counter() - middle)
         except asyncio.CancelledError:
             if link.is_ready:
                 raise

@@ -16,10 +16,10 @@ import mmap
 from collections import defaultdict
 
 from quire.transfer.frames import HEADER_BYTES, FrameError
-from quire.transfer.layout import PIECE_BYTES
+from quire.transfer.layout import FRAME_BYTES
 from quire.transfer.memory import address_of
 
-SLOT_BYTES = PIECE_BYTES + 4096
+SLOT_BYTES = FRAME_BYTES + 4096
 """Payload of a frame, and at the very end the trailer: the frame's header."""
 MAX_SLOTS = 256
 MAX_QUARANTINED = 64
@@ -40,7 +40,7 @@ class Slab:
 
     def read(self, slot: int, head: bytes, length: int) -> memoryview:
         """The payload that landed in a slot. Raises FrameError unless its trailer is `head`'s."""
-        if not 0 <= slot < self.num_slots or not 0 <= length <= PIECE_BYTES:
+        if not 0 <= slot < self.num_slots or not 0 <= length <= FRAME_BYTES:
             raise FrameError("a landing slot that does not exist")
         start, end = slot * SLOT_BYTES, (slot + 1) * SLOT_BYTES
         if self._view[end - HEADER_BYTES : end] != head[:HEADER_BYTES]:

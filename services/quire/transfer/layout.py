@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 WIRE_VERSION = 1
 """Version of the frames and of the block's order in memory. Raised when either changes."""
 
-PIECE_BYTES = 1 << 20
-"""Largest part of a block in one frame; 1 MiB measured best on sockets and on gRPC."""
+FRAME_BYTES = 1 << 20
+"""Most payload of one frame; 1 MiB measured best on sockets and on gRPC."""
+
+PIECE_BYTES = 256 << 10
+"""Largest part of a block with a checksum of its own: small enough to be in cache still when it is
+summed, which 1 MiB is not."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from quire.transfer.layout import PIECE_BYTES
+from quire.transfer.layout import FRAME_BYTES
 
 
 class PoolMemory:
@@ -19,7 +19,7 @@ class PoolMemory:
         self._view = view
         self.block_bytes = block_bytes
         self.num_blocks = view.nbytes // block_bytes
-        self.probe = memoryview(bytearray(PIECE_BYTES))
+        self.probe = memoryview(bytearray(FRAME_BYTES))
 
     @property
     def pool(self) -> memoryview:

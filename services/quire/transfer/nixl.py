@@ -41,7 +41,7 @@ from quire.transfer.frames import (
 )
 from quire.transfer.intake import Intake
 from quire.transfer.landing import MAX_SLOTS, SLOT_BYTES, Quarantine, Slab
-from quire.transfer.layout import PIECE_BYTES
+from quire.transfer.layout import FRAME_BYTES
 from quire.transfer.memory import address_of
 from quire.transfer.tcp import TcpChannel, TcpTransport
 
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from quire.transfer.memory import PoolMemory
 
 logger = logging.getLogger(__name__)
+
+logging.getLogger("nixl").setLevel(logging.WARNING)  # it prints to stdout otherwise
 
 MEMORY = "DRAM"
 POLL_S = 0.002
@@ -171,7 +173,7 @@ class Agent:
             self._prepared[kind] = self._agent.prep_xfer_dlist(
                 "NIXL_INIT_AGENT", rows + heads, MEMORY
             )
-        each = min(PIECE_BYTES // length, MAX_ENTRIES)
+        each = min(FRAME_BYTES // length, MAX_ENTRIES)
         if length not in target.prepared:
             rows = [
                 (target.base + s * SLOT_BYTES + i * length, length, 0)

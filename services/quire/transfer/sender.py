@@ -23,7 +23,7 @@ from quire.transfer.frames import (
     pack_entries,
     unpack_entries,
 )
-from quire.transfer.layout import PIECE_BYTES, Span, pieces
+from quire.transfer.layout import FRAME_BYTES, Span, pieces
 from quire.transfer.link import DialledLink, Outgoing
 from quire.transfer.receiver import read_refusal, write_refusal
 from quire.transfer.sending import Piece, SendingTransfer
@@ -235,7 +235,7 @@ class SendingLink(DialledLink):
 
     def _data(self, departing: Departing) -> Outgoing:
         machine, memory = departing.machine, self.node.memory
-        taken = machine.take(PIECE_BYTES, MAX_ENTRIES)
+        taken = machine.take(FRAME_BYTES, MAX_ENTRIES)
         views, entries = [], []
         for (block, piece), slot in taken:
             part = departing.parts[piece]
