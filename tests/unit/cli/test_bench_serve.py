@@ -44,6 +44,14 @@ async def test_the_role_chunk_of_a_chat_is_not_the_first_token(serving):
         assert outcome.tpot == pytest.approx(0.05, abs=0.03)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_the_text_is_kept_for_those_who_go_on_with_it(serving, path):
+    async with serving() as server, Client(Endpoint(server.url), 10) as client:
+        asked = body(messages=[])
+        assert (await client.stream(path, asked, keep_text=True)).text == "t0 é\nt1 é\nt2 é\nt3 é\n"
+        assert (await client.stream(path, asked)).text == ""
+
+
 async def test_connections_are_used_again(serving):
     async with serving() as server, Client(Endpoint(server.url), 10) as client:
         for _ in range(5):
@@ -154,7 +162,15 @@ def test_the_summary_is_arithmetic_on_the_outcomes():
     assert "P99 TTFT (ms):" in table(result)
 
 
-@pytest.mark.parametrize("text", ["ttft", "itl:5", "ttft:x", ":5"])
+def test_a_request_with_one_long_gap_misses_its_itl():
+    smooth = Outcome(sent=0, arrivals=[0.1 * i for i in range(1, 12)], output_tokens=11)
+    stalled = Outcome(sent=0, arrivals=[*smooth.arrivals[:-1], 5.0], output_tokens=11)
+    [objective] = parse_goodput(["itl:150"])
+    assert objective.met(smooth)
+    assert not objective.met(stalled)
+
+
+@pytest.mark.parametrize("text", ["ttft", "ttft:x", ":5"])
 def test_a_bad_objective_is_named(text):
     with pytest.raises(ConfigError, match="goodput"):
         parse_goodput([text])

@@ -36,6 +36,8 @@ class Outcome:
     """When each event with text came."""
     prompt_tokens: int = 0
     output_tokens: int = 0
+    text: str = ""
+    """The answer, when it was asked to be kept."""
     error: str = ""
 
     @property
@@ -103,14 +105,17 @@ class Client:
         for connection in self._idle:
             connection.close()
 
-    async def stream(self, path: str, body: bytes) -> Outcome:
-        """Send a streaming request and wait for its end. Failures are in the outcome."""
+    async def stream(self, path: str, body: bytes, *, keep_text: bool = False) -> Outcome:
+        """Send a streaming request and wait for its end. Failures are in the outcome.
+
+        Keeping the text costs nothing while the answer comes, and parsing it afterwards.
+        """
         outcome = Outcome()
         try:
             async with asyncio.timeout(self._timeout_s):
                 connection = await self._connect()
                 outcome.sent = time.perf_counter()
-                sink = _Stream(outcome)
+                sink = _Stream(outcome, keep_text)
                 status = await connection.exchange(self.endpoint.request(path, body), sink)
         except TimeoutError:
             outcome.error = f"no answer within {self._timeout_s:g} s"
@@ -157,8 +162,9 @@ class _Body:
 class _Stream:
     """Reads server-sent events into an outcome."""
 
-    def __init__(self, outcome: Outcome) -> None:
+    def __init__(self, outcome: Outcome, keep_text: bool = False) -> None:
         self._outcome = outcome
+        self._kept: list[bytes] | None = [] if keep_text else None
         self._rest = b""
         self._usage = b""
         self._failure = b""
@@ -180,6 +186,8 @@ class _Stream:
                 self._done = True
             elif _HAS_TEXT.search(payload):
                 self._outcome.arrivals.append(now)
+                if self._kept is not None:
+                    self._kept.append(payload)
             if _USAGE.search(payload):
                 self._usage = payload
             elif b'"error"' in payload and b'"choices"' not in payload:
@@ -201,6 +209,13 @@ class _Stream:
                 outcome.error = "no token came"
             elif not outcome.arrivals:  # tokens without text, such as control tokens
                 outcome.arrivals.append(self._last)
+            outcome.text = "".join(map(_text, self._kept or ()))
+
+
+def _text(payload: bytes) -> str:
+    """Text of a completion or a chat delta."""
+    choice = json.loads(payload)["choices"][0]
+    return str(choice.get("text") or choice.get("delta", {}).get("content") or "")
 
 
 class _Connection(asyncio.Protocol):

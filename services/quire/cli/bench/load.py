@@ -8,14 +8,17 @@ import math
 import random
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from quire.cli.bench.client import Client, Outcome
     from quire.cli.bench.datasets import Sample
     from quire.cli.bench.options import LoadConfig
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,23 @@ def arrival_times(samples: Sequence[Sample], config: LoadConfig, seed: int) -> l
     return [t * scale for t in times]
 
 
+async def start_when_due(
+    began: float,
+    planned: Iterable[tuple[float, T]],
+    job: Callable[[T, float], Coroutine[None, None, R]],
+) -> list[R]:
+    """Start `job(what, due)` for each (due, what) when it is due, in seconds after `began`, and
+    wait for all. What is already due starts at once. The first failure ends the others."""
+    async with asyncio.TaskGroup() as group:
+        tasks = []
+        for due, what in planned:
+            wait = began + due - time.perf_counter()
+            if wait > 0:
+                await asyncio.sleep(wait)
+            tasks.append(group.create_task(job(what, due)))
+    return [task.result() for task in tasks]
+
+
 @dataclass
 class LoadRun:
     """One run of prepared requests against a server."""
@@ -68,14 +88,11 @@ class LoadRun:
             else asyncio.Semaphore(max_concurrency)
         )
         began = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            tasks = []
-            for body, due in zip(bodies, times, strict=True):
-                wait = began + due - time.perf_counter()
-                if wait > 0:
-                    await asyncio.sleep(wait)
-                tasks.append(group.create_task(self._one(body, began + due, slots)))
-        outcomes = [task.result() for task in tasks]
+
+        def job(body: bytes, due: float) -> Coroutine[None, None, Outcome]:
+            return self._one(body, began + due, slots)
+
+        outcomes = await start_when_due(began, zip(times, bodies, strict=True), job)
         return Load(outcomes, time.perf_counter() - began, self._peak)
 
     async def _one(

@@ -126,8 +126,8 @@ class LatencyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadConfig:
-    """Which server is loaded, how hard, and what is reported."""
+class TargetConfig:
+    """Which server is loaded, and what each request asks of it."""
 
     base_url: str | None = option(None, "server")
     """URL of the server, without /v1."""
@@ -143,6 +143,34 @@ class LoadConfig:
     """Model to ask for; the first that the server lists by default."""
     api_key: str | None = option(None, "server", secret=True)
     """Bearer token; the variable OPENAI_API_KEY by default."""
+    ready_check_timeout_sec: float = option(60.0, "server")
+    """Seconds to wait for the server before starting."""
+    request_timeout_sec: float = option(600.0, "server")
+    """Seconds after which a request counts as failed."""
+    temperature: float = option(0.0, "server")
+    """Sampling temperature."""
+    extra_body: str | None = option(None, "server")
+    """JSON object of further fields for each request."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def url(self) -> str:
+        """Base URL without a slash at its end, and without /v1."""
+        url = (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
+        return url.removesuffix("/v1")
+
+    @property
+    def is_chat(self) -> bool:
+        """Prompts travel as messages."""
+        return self.backend == "openai-chat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig(TargetConfig):
+    """Which server is loaded, how hard, and what is reported."""
+
     request_rate: str = option("inf", "load")
     """Requests per second; inf sends all at once. With a trace, its own times are used."""
     burstiness: float = option(1.0, "load")
@@ -153,16 +181,9 @@ class LoadConfig:
     """Requests before the measurement."""
     trace_speedup: float = option(1.0, "load")
     """Replay a trace this many times faster."""
-    ready_check_timeout_sec: float = option(60.0, "load")
-    """Seconds to wait for the server before starting."""
-    request_timeout_sec: float = option(600.0, "load")
-    """Seconds after which a request counts as failed."""
-    temperature: float = option(0.0, "load")
-    """Sampling temperature."""
-    extra_body: str | None = option(None, "load")
-    """JSON object of further fields for each request."""
     goodput: tuple[str, ...] = option((), "results")
-    """Objectives such as ttft:500 tpot:50 e2el:5000, in ms; requests within all are goodput."""
+    """Objectives such as ttft:500 tpot:50 itl:80 e2el:5000, in ms; requests within all of them
+    are goodput. itl is held against the 99th percentile of a request's own."""
     save_result: bool = option(False, "results")
     """Write the results as JSON."""
     save_detailed: bool = option(False, "results")
@@ -177,7 +198,7 @@ class LoadConfig:
     """No progress bar."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.rate <= 0 or self.burstiness <= 0 or self.trace_speedup <= 0:
             raise ValueError("request_rate, burstiness and trace_speedup must be above 0")
         if self.max_concurrency is not None and self.max_concurrency < 1:
@@ -192,14 +213,3 @@ class LoadConfig:
             return parse_float(self.request_rate)
         except ValueError as error:
             raise ValueError(f"request_rate: {error}, or inf") from None
-
-    @property
-    def url(self) -> str:
-        """Base URL without a slash at its end, and without /v1."""
-        url = (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
-        return url.removesuffix("/v1")
-
-    @property
-    def is_chat(self) -> bool:
-        """Prompts travel as messages."""
-        return self.backend == "openai-chat"

@@ -61,6 +61,7 @@ class Objective:
         value = {
             "ttft": outcome.ttft,
             "tpot": outcome.tpot,
+            "itl": percentile(sorted(outcome.itls), 99),
             "e2el": outcome.latency,
         }[self.metric]
         return value is None or value <= self.limit_s
@@ -71,13 +72,19 @@ def parse_goodput(texts: Sequence[str]) -> list[Objective]:
     objectives = []
     for text in texts:
         metric, _, limit = text.partition(":")
-        if metric not in ("ttft", "tpot", "e2el"):
-            raise ConfigError(f"goodput {text!r}: ttft, tpot or e2el is needed before the colon")
+        if metric not in METRICS:
+            known = ", ".join(METRICS)
+            raise ConfigError(f"goodput {text!r}: one of {known} is needed before the colon")
         try:
             objectives.append(Objective(metric, parse_float(limit) / 1e3))
         except ValueError as error:
             raise ConfigError(f"goodput {text!r}: {error}") from None
     return objectives
+
+
+def count_within(outcomes: Iterable[Outcome], objectives: Sequence[Objective]) -> int:
+    """Answered requests that met every objective."""
+    return sum(o.ok and all(objective.met(o) for objective in objectives) for o in outcomes)
 
 
 def summarize(load: Load, objectives: Sequence[Objective]) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def summarize(load: Load, objectives: Sequence[Objective]) -> dict[str, Any]:
     duration = load.duration_s
     tokens_in = sum(o.prompt_tokens for o in good)
     tokens_out = sum(o.output_tokens for o in good)
-    within = sum(all(objective.met(o) for objective in objectives) for o in good)
+    within = count_within(good, objectives)
     figures: dict[str, Any] = {
         "duration": duration,
         "completed": len(good),
