@@ -16,9 +16,8 @@ import fake_servicer
 import uvicorn
 import uvloop
 
-from quire.config.engine import EngineConfig
-from quire.config.gateway import GatewayConfig
-from quire.gateway.app import create_app
+from quire.config.gateway import GatewayConfig, TokenizerConfig
+from quire.gateway.app import Upstream, create_app
 from quire.gateway.fake_worker import FakeWorker
 from quire.gateway.http_protocol import BoundedHttpProtocol
 from quire.proto import worker_pb2
@@ -172,10 +171,11 @@ async def _serve(tokenizer, script, info, grpc_socket, wait, config, started, re
         grpc_server = await fake_servicer.start(worker, address)
     else:
         worker = FakeWorker(info, script)
+    options = GatewayConfig(**config)
     app = create_app(
-        GatewayConfig(**config),
-        EngineConfig(model=str(tokenizer.folder)),
-        [address or worker],
+        options,
+        TokenizerConfig(tokenizer=str(tokenizer.folder)),
+        Upstream.at({"0": address}, options) if address else Upstream([worker]),
         gateway_instruments(registry),
         registry,
     )

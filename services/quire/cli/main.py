@@ -26,6 +26,9 @@ class SubCommand:
 
 COMMANDS: Mapping[str, SubCommand] = {
     "serve": SubCommand("quire.cli.serve", "serve a model over an OpenAI-compatible HTTP API"),
+    "gateway": SubCommand("quire.cli.gateway", "serve the API in front of workers elsewhere"),
+    "router": SubCommand("quire.cli.router", "choose workers for the requests of gateways"),
+    "worker": SubCommand("quire.cli.worker", "run one engine for gateways elsewhere"),
     "chat": SubCommand("quire.cli.chat", "talk to a model on a running server"),
     "complete": SubCommand("quire.cli.complete", "complete one prompt on a running server"),
     "bench": SubCommand("quire.cli.bench", "measure throughput, latency, or a running server"),

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
     from pathlib import Path
 
+    from quire.config.cluster import ClusterConfig
     from quire.config.engine import EngineConfig
-    from quire.config.gateway import GatewayConfig
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +31,14 @@ SHARED_MEMORY = 0.5
 
 @dataclass(frozen=True)
 class Replicas:
-    """Several workers of the same model. Empty for a server whose workers others run."""
+    """Several workers of the same model."""
 
     supervisors: tuple[Supervisor, ...]
 
     @property
-    def addresses(self) -> tuple[str, ...]:
-        """gRPC addresses, in the order of their numbers."""
-        return tuple(f"unix:{supervisor.socket}" for supervisor in self.supervisors)
+    def addresses(self) -> dict[str, str]:
+        """Name -> gRPC address, in the order of their numbers."""
+        return {s.options["worker"]: f"unix:{s.socket}" for s in self.supervisors}
 
     async def run(self) -> int:
         """Keep them alive until `stop`; returns 0 then, and else why the last was given up."""
@@ -54,23 +54,19 @@ class Replicas:
         for supervisor in self.supervisors:
             supervisor.kill()
 
-    def watches(self, on_ready: Callable[[], Awaitable[None]]) -> list[StartupWatch]:
+    def watches(
+        self, on_ready: Callable[[str], Awaitable[None]], cluster: ClusterConfig
+    ) -> list[StartupWatch]:
         """What follows each start; the first worker's is shown, the others' are alike."""
         return [
             StartupWatch(
                 f"unix:{supervisor.socket}",
                 display_for() if number == 0 else Quiet(),
                 _then(supervisor.ready, on_ready),
+                cluster,
             )
             for number, supervisor in enumerate(self.supervisors)
         ]
-
-
-def roles_of(gateway: GatewayConfig) -> list[str]:
-    """Role of each worker: equal ones that do both, or prefill workers and decode workers."""
-    if not gateway.prefill:
-        return ["both"] * gateway.replicas
-    return ["prefill"] * gateway.prefill + ["decode"] * max(gateway.decode, 1)
 
 
 def replicas_of(
@@ -112,10 +108,10 @@ def shared(engine: EngineConfig, count: int) -> EngineConfig:
 
 
 def _then(
-    first: Callable[[], None], second: Callable[[], Awaitable[None]]
-) -> Callable[[], Awaitable[None]]:
-    async def both() -> None:
+    first: Callable[[], None], second: Callable[[str], Awaitable[None]]
+) -> Callable[[str], Awaitable[None]]:
+    async def both(model: str) -> None:
         first()
-        await second()
+        await second(model)
 
     return both

@@ -6,8 +6,10 @@ import asyncio
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from quire.config.cluster import ClusterConfig
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -89,8 +91,9 @@ class StartupWatch:
     address: str
     """gRPC address; nobody needs to listen there yet."""
     display: Display
-    on_ready: Callable[[], Awaitable[None]]
-    """Called once for each worker that became ready."""
+    on_ready: Callable[[str], Awaitable[None]]
+    """Called once for each worker that became ready, with its model."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     _state: worker_pb2.Startup | None = None
     _began: float = 0.0
 
@@ -98,13 +101,15 @@ class StartupWatch:
         """Follow until cancelled."""
         import grpc
 
+        from quire.cluster.rpc import Cluster
+
         ticker = asyncio.create_task(self._tick())
         backoff = [
             ("grpc.initial_reconnect_backoff_ms", 50),
             ("grpc.max_reconnect_backoff_ms", 500),
         ]
         try:
-            async with grpc.aio.insecure_channel(self.address, options=backoff) as channel:
+            async with Cluster(self.cluster).channel(self.address, backoff) as channel:
                 while True:
                     try:
                         await self._follow_one(channel)
@@ -129,7 +134,7 @@ class StartupWatch:
             elif kind == "model":
                 self._state = None
                 self.display.done()
-                await self.on_ready()
+                await self.on_ready(update.model.model)
 
     async def _tick(self) -> None:
         while True:

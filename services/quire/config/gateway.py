@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 
+from quire.config.address import is_loopback, named_address
 from quire.config.base import check_fields
 from quire.config.option import option
 
 MIB = 1 << 20
 _NOT_NEGATIVE = (
     "sse_keep_alive_interval", "shutdown_timeout", "request_timeout", "max_resubmissions",
-    "worker_wait", "prefill", "decode",
+    "worker_wait",
 )  # fmt: skip
 _POSITIVE = ("worker_silence", "max_step_age")
 _AT_LEAST_ONE = (
-    "max_body_bytes", "max_open_requests", "max_stream_backlog", "tokenizer_threads", "replicas",
+    "max_body_bytes", "max_open_requests", "max_stream_backlog", "tokenizer_threads",
 )  # fmt: skip
 
 
@@ -64,16 +64,6 @@ class GatewayConfig:
     """Jinja chat template, as a file or as text; the tokenizer's own by default."""
     response_role: str = option("assistant", "served model")
     """Role of the generated message."""
-    replicas: int = option(1, "workers")
-    """Worker processes to start, each with the whole model."""
-    prefill: int = option(0, "workers")
-    """Worker processes that compute prompts, and push their KV blocks to those of --decode."""
-    decode: int = option(0, "workers")
-    """Worker processes that answer requests with prompts from those of --prefill; 1 if only
-    --prefill is given. Together they take the place of --replicas."""
-    worker: tuple[str, ...] = option((), "workers")
-    """gRPC address of a running worker (host:port or unix:/path), several are allowed; none is
-    started then."""
     worker_silence: float = option(3.0, "workers")
     """Seconds without a sign of life, one is due every second, after which a worker is lost and its
     requests go on elsewhere."""
@@ -104,10 +94,6 @@ class GatewayConfig:
         if any(not key for key in self.api_key):
             raise ValueError("api_key must not be empty")
         self._check_numbers()
-        if self.decode and not self.prefill:
-            raise ValueError(
-                "decode workers need --prefill; --replicas starts workers that do both"
-            )
         if not (self.is_local or self.api_key or self.allow_unauthenticated):
             raise ValueError(
                 f"host {self.host} is open to the network and no API key is set: give --api-key, "
@@ -128,12 +114,7 @@ class GatewayConfig:
     @property
     def is_local(self) -> bool:
         """Only this machine can reach the server."""
-        if self.uds is not None or self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:  # a host name: no telling what it resolves to
-            return False
+        return self.uds is not None or is_loopback(self.host.strip("[]"))
 
     @property
     def url(self) -> str:
@@ -145,3 +126,38 @@ class GatewayConfig:
         if ":" in host and not host.startswith("["):
             host = f"[{host}]"
         return f"{scheme}://{host}:{self.port}{self.root_path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpstreamConfig:
+    """What a gateway without workers of its own talks to."""
+
+    worker: tuple[str, ...] = option((), "upstream")
+    """gRPC address of a worker (host:port or unix:/path), several are allowed. NAME=ADDRESS gives
+    it a name; without, the address is its name. Routers must call it the same."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.worker:
+            raise ValueError("worker: at least one address is needed")
+        if len(self.workers) < len(self.worker):
+            raise ValueError("worker: two workers have the same name")
+
+    @property
+    def workers(self) -> dict[str, str]:
+        """Name -> address."""
+        return dict(named_address(text) for text in self.worker)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Where the tokenizer of the served model is."""
+
+    tokenizer: str | None = option(None, "model")
+    """Tokenizer folder or Hugging Face id; by default that of the model that the workers serve,
+    under the name they know it by."""
+    revision: str | None = option(None, "model")
+    """Branch, tag or commit of a Hugging Face model."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quire.config.address import named_address
 from quire.config.base import check_fields
 from quire.config.option import option
+from quire.config.worker import check_listen
 
 POLICY_NAMES = ("cost", "prefix", "least_load", "power_of_two", "round_robin", "session")
 
@@ -55,3 +57,28 @@ class RouterConfig:
         for name in ("prefill_chunk_tokens", "max_decisions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterServerConfig:
+    """Where a router process listens, and whom it routes to."""
+
+    listen: str = option("127.0.0.1:9100", "server")
+    """Address of its gRPC service, host:port or unix:/path. Beyond loopback a cluster token is
+    required."""
+    http_port: int = option(0, "server")
+    """Port for /metrics, /healthz and /readyz over HTTP, on the host of --listen; 0 for none."""
+    pod: tuple[str, ...] = option((), "server")
+    """gRPC address of a worker, several are allowed. NAME=ADDRESS gives it a name; without, the
+    address is its name. Gateways must call it the same."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_listen(self.listen, self.http_port)
+        if len(self.pods) < len(self.pod):
+            raise ValueError("pod: two pods have the same name")
+
+    @property
+    def pods(self) -> dict[str, str]:
+        """Name -> address."""
+        return dict(named_address(text) for text in self.pod)

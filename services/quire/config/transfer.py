@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 
-from quire.config.base import check_fields
+from quire.config.address import is_loopback
+from quire.config.cluster import ClusterConfig
 from quire.config.option import option
 
 TRANSPORTS = ("tcp", "grpc", "nixl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferConfig:
+class TransferConfig(ClusterConfig):
     """How a rank is reached for KV blocks, and how long it waits. Durations in seconds."""
 
     kv_transports: tuple[str, ...] = option(("tcp", "grpc"), "transfer")
@@ -25,14 +25,6 @@ class TransferConfig:
     """Port of the tcp and nixl transports; 0 takes a free one."""
     kv_grpc_port: int = option(0, "transfer")
     """Port of the KvTransfer service; 0 takes a free one."""
-    cluster_token: str | None = option(None, "transfer", secret=True)
-    """Secret that every process of the cluster knows; no link is made without proof of it."""
-    cluster_tls_cert: str | None = option(None, "transfer")
-    """Certificate (PEM file) of this process. With key and CA: mutual TLS on every KV link."""
-    cluster_tls_key: str | None = option(None, "transfer")
-    """Private key (PEM file) of cluster_tls_cert."""
-    cluster_tls_ca: str | None = option(None, "transfer")
-    """Certificate authority (PEM file) that the other processes' certificates must be signed by."""
     kv_lease_s: float = option(5.0, "transfer")
     """A transfer of which nothing is heard for this long has failed."""
     kv_heartbeat_s: float = option(0.5, "transfer")
@@ -47,7 +39,7 @@ class TransferConfig:
     """Memory per nixl link that the other side writes into (suffixes K, M, G)."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         for name in self.kv_transports:
             if name not in TRANSPORTS:
                 raise ValueError(f"kv_transports must be of {', '.join(TRANSPORTS)}, not {name!r}")
@@ -55,22 +47,9 @@ class TransferConfig:
             raise ValueError("kv_transports must name at least one transport")
         if not is_loopback(self.kv_host) and not self.cluster_token:
             raise ValueError(f"kv_host {self.kv_host} is not loopback: a cluster_token is needed")
-        files = (self.cluster_tls_cert, self.cluster_tls_key, self.cluster_tls_ca)
-        if any(files) and not all(files):
-            raise ValueError("cluster_tls_cert, cluster_tls_key and cluster_tls_ca go together")
         for name in ("kv_lease_s", "kv_heartbeat_s", "kv_heartbeat_misses", "kv_connect_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
         for name in ("kv_window_bytes", "kv_landing_bytes"):
             if getattr(self, name) < 2 << 20:
                 raise ValueError(f"{name} must be at least 2 MiB, not {getattr(self, name)} bytes")
-
-
-def is_loopback(host: str) -> bool:
-    """Only processes of this machine reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

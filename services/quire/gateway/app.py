@@ -11,6 +11,7 @@ import platform
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -32,38 +33,63 @@ from quire.gateway.workers import Workers
 from quire.telemetry import metrics as m
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 
     from prometheus_client.registry import CollectorRegistry
     from starlette.routing import BaseRoute
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from quire.config.engine import EngineConfig
-    from quire.config.gateway import GatewayConfig
+    from quire.cluster.rpc import Cluster
+    from quire.config.gateway import GatewayConfig, TokenizerConfig
     from quire.gateway.worker import Worker
     from quire.telemetry.instruments import Instruments
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Upstream:
+    """Whom the gateway talks to."""
+
+    workers: Sequence[Worker]
+
+    @classmethod
+    def at(
+        cls, workers: Mapping[str, str], config: GatewayConfig, cluster: Cluster | None = None
+    ) -> Upstream:
+        """Workers by name and gRPC address."""
+        vigilance = Vigilance(config.worker_silence, config.max_step_age)
+        return cls(
+            [
+                WorkerClient(address, vigilance, name=name, cluster=cluster)
+                for name, address in workers.items()
+            ]
+        )
+
+
 def create_app(
     config: GatewayConfig,
-    engine: EngineConfig,
-    workers: Sequence[str | Worker],
+    source: TokenizerConfig,
+    upstream: Upstream,
     instruments: Instruments,
     registry: CollectorRegistry,
 ) -> ASGIApp:
-    """The gateway for the workers of one model, each given by its gRPC address or as an object.
+    """The gateway for the workers of one model.
 
-    `engine` says where the tokenizer is; `registry` is what /metrics shows, with `instruments`
+    `source` says where the tokenizer is; `registry` is what /metrics shows, with `instruments`
     registered in it. The lifespan must run: it keeps the connections to the workers.
     """
     traffic = Traffic(instruments)
-    fleet = _connected(workers, config, traffic)
+    fleet = Workers(
+        upstream.workers,
+        Patience(config.max_resubmissions, config.worker_wait),
+        max_backlog=config.max_stream_backlog,
+        on_resubmission=traffic.resubmitted,
+    )
     parts = Parts(
         config=config,
         workers=fleet,
-        models=ModelLoader(config, engine, fleet),
+        models=ModelLoader(config, source, fleet),
         admission=Admission(config.max_open_requests),
         pacemaker=Pacemaker(config.sse_keep_alive_interval),
         traffic=traffic,
@@ -79,19 +105,6 @@ def create_app(
         )
     known = frozenset(route.path for route in routes if isinstance(route, Route))
     return Boundary(app, parts.traffic, known, log_access=not config.disable_access_log)
-
-
-def _connected(workers: Sequence[str | Worker], config: GatewayConfig, traffic: Traffic) -> Workers:
-    vigilance = Vigilance(config.worker_silence, config.max_step_age)
-    return Workers(
-        [
-            WorkerClient(worker, vigilance, name=str(number)) if isinstance(worker, str) else worker
-            for number, worker in enumerate(workers)
-        ],
-        Patience(config.max_resubmissions, config.worker_wait),
-        max_backlog=config.max_stream_backlog,
-        on_resubmission=traffic.resubmitted,
-    )
 
 
 def _routes(parts: Parts, health: Health, registry: CollectorRegistry) -> list[BaseRoute]:

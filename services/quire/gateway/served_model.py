@@ -13,8 +13,7 @@ from quire.text.folder import resolve_folder, sampling_defaults
 from quire.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from quire.config.engine import EngineConfig
-    from quire.config.gateway import GatewayConfig
+    from quire.config.gateway import GatewayConfig, TokenizerConfig
     from quire.gateway.workers import Workers
     from quire.proto.worker_pb2 import ModelInfo
 
@@ -58,9 +57,9 @@ class ServedModel:
 class ModelLoader:
     """Keeps `served` in step with what the workers serve. `run` must be running."""
 
-    def __init__(self, config: GatewayConfig, engine: EngineConfig, workers: Workers) -> None:
+    def __init__(self, config: GatewayConfig, source: TokenizerConfig, workers: Workers) -> None:
         self._config = config
-        self._engine = engine
+        self._source = source
         self._workers = workers
         self._served: ServedModel | None = None
         self.failure: str | None = None
@@ -95,30 +94,25 @@ class ModelLoader:
 
     async def _keep_loaded(self) -> None:
         # beside the engine, which takes longer; a failure shows when the model is known
-        early = asyncio.create_task(asyncio.to_thread(self._load, self._engine.model))
+        own = self._source.tokenizer
+        early = asyncio.create_task(asyncio.to_thread(self._load, own)) if own else None
         try:
-            await asyncio.wait((early,))
             while True:
                 info = await self._workers.wait_ready()
-                if self._served is None or self._served.info.model != info.model:
-                    is_early = info.model == self._engine.model and early.exception() is None
-                    tokenizer = (
-                        early.result()
-                        if is_early
-                        else await asyncio.to_thread(self._load, info.model)
-                    )
-                    self._served = self._serve(info, tokenizer)
-                elif self._served.info != info:  # restarted
-                    self._served = self._serve(info, self._served.tokenizer)
+                known = self._served
+                if known is None or known.info.model != info.model:
+                    loading = early or asyncio.to_thread(self._load, info.model)
+                    self._served = self._serve(info, await loading)
+                elif known.info != info:  # restarted
+                    self._served = self._serve(info, known.tokenizer)
                 await self._workers.wait_lost()
         finally:
-            early.cancel()
+            if early is not None:
+                early.cancel()
 
-    def _load(self, model: str) -> Tokenizer:
-        source = self._engine.tokenizer or model
-        revision = self._engine.revision if model == self._engine.model else None
+    def _load(self, source: str) -> Tokenizer:
         began = time.monotonic()
-        folder = resolve_folder(source, revision)
+        folder = resolve_folder(source, self._source.revision)
         tokenizer = Tokenizer(folder, chat_template=self._config.chat_template)
         tokenizer.detokenizer()  # its table, so that the first request need not wait for it
         logger.info("tokenizer of %s loaded in %.1f s", source, time.monotonic() - began)

@@ -69,10 +69,12 @@ class Worker(Protocol):
 
     name: str
     """Distinct among the gateway's workers."""
-    address: str
-    """gRPC address under which other workers reach it too."""
     on_change: Callable[[], None]
     """Called when the worker becomes ready, is ready no more, or drains."""
+
+    @property
+    def address(self) -> str:
+        """gRPC address under which other workers reach it."""
 
     @property
     def model(self) -> worker_pb2.ModelInfo | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
+from quire.cluster.rpc import Cluster
 from quire.gateway.worker import Loss
 from quire.proto import common_pb2, worker_pb2
 from quire.proto.worker_pb2_grpc import WorkerStub
@@ -81,10 +82,18 @@ class _Pending:
 class WorkerClient:
     """The worker at `address` (host:port or unix:/path). `run` must be running."""
 
-    def __init__(self, address: str, vigilance: Vigilance, *, name: str = "0") -> None:
+    def __init__(
+        self,
+        address: str,
+        vigilance: Vigilance,
+        *,
+        name: str = "0",
+        cluster: Cluster | None = None,
+    ) -> None:
         self.name = name
         self.on_change: Callable[[], None] = lambda: None
-        self.address = address
+        self._dialed = address
+        self._cluster = cluster or Cluster()
         self._vigilance = vigilance
         self._pending: dict[int, _Pending] = {}
         self._next_number = 1
@@ -95,6 +104,11 @@ class WorkerClient:
         self.model: worker_pb2.ModelInfo | None = None
         self.startup = worker_pb2.Startup(phase="connect")
         self.load = worker_pb2.Load()
+
+    @property
+    def address(self) -> str:
+        """Where other workers reach it: what it says itself, once it has."""
+        return (self.model.address if self.model is not None else "") or self._dialed
 
     @property
     def ready(self) -> bool:
@@ -163,13 +177,13 @@ class WorkerClient:
     async def _connect(self) -> bool:
         """One connection, from start to loss; whether requests could be submitted over it."""
         loss = Loss.LOST
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with self._cluster.channel(self._dialed, CHANNEL_OPTIONS) as channel:
             self._stub = WorkerStub(channel)
             try:
                 async with asyncio.TaskGroup() as streams:
                     await self._watch(self._stub, streams)
             except* (grpc.aio.AioRpcError, _Lost) as group:
-                logger.debug("worker %s at %s: %s", self.name, self.address, group.exceptions)
+                logger.debug("worker %s at %s: %s", self.name, self._dialed, group.exceptions)
                 if any(isinstance(e, _Lost) and e.args for e in group.exceptions):
                     loss = Loss.SILENT
             self._stub = None
@@ -177,7 +191,7 @@ class WorkerClient:
             if was_connected:  # before the channel is closed, which may take its time
                 self.startup = worker_pb2.Startup(phase="connect")
                 self.load = worker_pb2.Load()
-                logger.warning("worker %s at %s is gone (%s)", self.name, self.address, loss)
+                logger.warning("worker %s at %s is gone (%s)", self.name, self._dialed, loss)
                 self.on_change()
                 self.release(loss)
         return was_connected
@@ -213,7 +227,7 @@ class WorkerClient:
         streams.create_task(self._listen())
         self._is_connected = True
         self.startup = worker_pb2.Startup(phase="ready")
-        logger.info("worker %s at %s serves %s", self.name, self.address, model.model)
+        logger.info("worker %s at %s serves %s", self.name, self._dialed, model.model)
         self.on_change()
 
     async def _listen(self) -> None:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
 
+from quire.cluster.rpc import Cluster
 from quire.proto import worker_pb2
 from quire.proto.worker_pb2_grpc import WorkerStub
 from quire.router import convert
@@ -56,28 +58,31 @@ class _Lost(Exception):
     """The call ended."""
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What all watchers share."""
+
+    fleet: Fleet
+    clock: Callable[[], float]
+    instruments: Instruments
+    cluster: Cluster
+
+
 class PodWatcher:
     """One pod, for as long as it is discovered."""
 
-    def __init__(
-        self,
-        pod: str,
-        address: str,
-        fleet: Fleet,
-        clock: Callable[[], float],
-        instruments: Instruments,
-    ) -> None:
+    def __init__(self, pod: str, address: str, shared: Surroundings) -> None:
         self._pod, self._address = pod, address
-        self._fleet, self._clock = fleet, clock
-        self._events = instruments.get(m.ROUTER_CACHE_EVENTS)
-        self._instruments = instruments
+        self._fleet, self._clock = shared.fleet, shared.clock
+        self._cluster, self._instruments = shared.cluster, shared.instruments
+        self._events = shared.instruments.get(m.ROUTER_CACHE_EVENTS)
         self._follower: Follower | None = None
         self._backoff = MIN_BACKOFF_S
 
     async def run(self) -> None:
         """Keep the call until cancelled; then the pod is gone."""
         try:
-            async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
+            async with self._cluster.channel(self._address, CHANNEL_OPTIONS) as channel:
                 stub = WorkerStub(channel)
                 while True:
                     await self._connection(stub)
@@ -149,9 +154,14 @@ class PodWatcher:
 
 
 async def watch_pods(
-    discovery: Discovery, fleet: Fleet, clock: Callable[[], float], instruments: Instruments
+    discovery: Discovery,
+    fleet: Fleet,
+    clock: Callable[[], float],
+    instruments: Instruments,
+    cluster: Cluster | None = None,
 ) -> None:
     """Watch every discovered pod until cancelled."""
+    shared = Surroundings(fleet, clock, instruments, cluster or Cluster())
     tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
     async with asyncio.TaskGroup() as group:
         async for pods in discovery.watch():
@@ -162,5 +172,5 @@ async def watch_pods(
                 # its clean-up must not hit the pod's next watcher
                 await asyncio.wait([gone])
             for pod, address in wanted - tasks.keys():
-                watcher = PodWatcher(pod, address, fleet, clock, instruments)
+                watcher = PodWatcher(pod, address, shared)
                 tasks[pod, address] = group.create_task(watcher.run())

@@ -1,4 +1,4 @@
-"""`python -m quire.worker`: a worker process, started by `quire serve` or by a pod.
+"""`python -m quire.worker`: a worker process as `quire serve` starts it; see `quire worker`.
 
 The first line of stdin is a JSON object: {"engine": {...EngineConfig}, "listen": "unix:/path",
 "served_model_name": "...", "number": 0, "worker": "name", "role": "prefill|decode|both",
@@ -13,7 +13,9 @@ import json
 import os
 import sys
 
+from quire.config.address import is_local
 from quire.config.base import from_mapping
+from quire.config.cluster import ClusterConfig
 from quire.config.engine import EngineConfig
 from quire.config.transfer import TransferConfig
 
@@ -38,13 +40,13 @@ def main() -> int:
     role = Role(raw.get("role", "both"))
     transfer = None if kv is None else TransferOptions(raw.get("worker", listen), kv, role)
     configure(raw.get("log_level", "info"), raw.get("log_format", "text"))
-    return asyncio.run(serve(WorkerOptions(engine, listen, name, transfer, number)))
+    cluster = kv or ClusterConfig()
+    return asyncio.run(serve(WorkerOptions(engine, listen, name, transfer, number, cluster)))
 
 
 def _check_listen(address: str) -> str:
-    """Only this machine: pods authenticate each other before anything listens further."""
-    host = address.rpartition(":")[0]
-    if address.startswith("unix:") or host in ("127.0.0.1", "localhost", "[::1]"):
+    """Only this machine: what is reached from further is started by `quire worker`."""
+    if is_local(address):
         return address
     raise ValueError(f"listen address {address!r} must be unix:/path or on the loopback interface")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from quire.cluster.rpc import Cluster
 from quire.transfer.endpoint import Endpoint
 from quire.transfer.layout import BlockLayout, Shard
 from quire.transfer.memory import PoolMemory
@@ -87,7 +88,7 @@ class Disaggregation:
         memory = PoolMemory(pool, backend.layout.block_bytes)
         endpoint = Endpoint(options.config, identity, memory, events)
         peer = endpoint.start()
-        decode = DecodeRole(loop, endpoint, peer)
+        decode = DecodeRole(loop, endpoint, peer, Cluster(options.config))
         prefill = PrefillRole(loop, endpoint)
         events.roles = (decode, prefill)
         return cls(endpoint, decode, prefill, options.role)

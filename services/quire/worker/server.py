@@ -14,8 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import grpc
-
+from quire.cluster.rpc import PLAIN, Cluster
 from quire.engine.engine import Engine
 from quire.proto import worker_pb2_grpc
 from quire.telemetry import metrics as m
@@ -24,6 +23,7 @@ from quire.worker.metrics import EngineMetrics
 from quire.worker.servicer import WorkerService
 
 if TYPE_CHECKING:
+    from quire.config.cluster import ClusterConfig
     from quire.config.engine import EngineConfig
     from quire.engine.loop import EngineLoop
     from quire.engine.runner.load import Startup
@@ -45,12 +45,19 @@ class WorkerOptions:
 
     engine: EngineConfig
     listen: str
-    """unix:/path, or host:port on a loopback address."""
+    """unix:/path or host:port; beyond loopback the cluster has a token."""
     served_model_name: str
     transfer: TransferOptions | None = None
     """How to exchange KV blocks with other workers; None for not at all."""
     number: int = 0
     """Among the workers of one server: the `engine` label of its metrics."""
+    cluster: ClusterConfig = PLAIN
+    advertise: str | None = None
+    """Address under which others reach it; `listen` by default."""
+    http_port: int = 0
+    """Of probes and metrics over HTTP; 0 for none."""
+    ends_with_stdin: bool = True
+    """Whoever started it holds its stdin, and wants it to end when that closes."""
 
 
 class _PhaseTimes:
@@ -81,30 +88,56 @@ async def serve(options: WorkerOptions) -> int:
         registry, model_name=options.served_model_name, engine=str(options.number)
     )
     service = WorkerService(EngineMetrics(instruments), registry)
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.so_reuseport", 0),
-        ]
-    )
-    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
-    server.add_insecure_port(options.listen)
-    await server.start()
+    service.address = options.advertise or options.listen
     stop = asyncio.Event()
+    try:
+        cluster = Cluster(options.cluster)
+        server = cluster.server(
+            [
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ]
+        )
+        worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+        cluster.bind(server, options.listen)
+        status = _serve_status(options, service, stop)
+    except OSError as error:
+        print(f"quire: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    await server.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
         return await _run(options, service, instruments, stop)
     finally:
+        if status is not None:
+            status.cancel()
         await server.stop(grace=FLUSH_S)
+
+
+def _serve_status(
+    options: WorkerOptions, service: WorkerService, stop: asyncio.Event
+) -> asyncio.Task[None] | None:
+    """Probes and metrics; the worker ends with them. Raises OSError when the port is taken."""
+    if not options.http_port:
+        return None
+    from quire.cluster.status_server import Status, open_socket, serve_status
+
+    sock = open_socket(options.listen, options.http_port)
+    token = options.cluster.cluster_token
+    status = Status(
+        service.metrics_page, lambda: not service.died.is_set(), lambda: service.ready, token
+    )
+    task = asyncio.create_task(serve_status(status, sock))
+    task.add_done_callback(lambda _: stop.set())
+    return task
 
 
 async def _run(
     options: WorkerOptions, service: WorkerService, instruments: Instruments, stop: asyncio.Event
 ) -> int:
     report = _PhaseTimes(service, instruments)
-    orphaned = asyncio.create_task(_stdin_closed())
+    orphaned = asyncio.create_task(_stdin_closed() if options.ends_with_stdin else stop.wait())
     stopped = asyncio.create_task(stop.wait())
     loading = asyncio.create_task(asyncio.to_thread(Engine.load, options.engine, report))
     await asyncio.wait((loading, orphaned, stopped), return_when=asyncio.FIRST_COMPLETED)

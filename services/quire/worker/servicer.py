@@ -58,6 +58,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self.incarnation = new_number()
         self.died = asyncio.Event()
         """Set when the engine has failed; every request has been told."""
+        self.address = ""
+        """Under which others reach this worker, as they are told."""
         self._metrics = metrics
         self._registry = registry
         self._asyncio = asyncio.get_running_loop()
@@ -84,6 +86,17 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._loop = loop
         loop.start()
         return loop
+
+    @property
+    def ready(self) -> bool:
+        """The engine is loaded and lives."""
+        return self._loop is not None
+
+    def metrics_page(self) -> str:
+        """The engine's metrics in Prometheus' text format."""
+        if (loop := self._loop) is not None:
+            self._metrics.state(loop.state, loop.stalled_s())
+        return render(self._registry)
 
     async def detach(self) -> None:
         """The engine stops: end what is exchanged with other workers."""
@@ -241,7 +254,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 shown = self._startup
                 yield worker_pb2.WorkerUpdate(startup=shown)
             await asyncio.sleep(WATCH_STARTUP_S)
-        yield worker_pb2.WorkerUpdate(model=convert.model_info(loop.engine, self.incarnation))
+        model = convert.model_info(loop.engine, self.incarnation)
+        model.address = self.address
+        yield worker_pb2.WorkerUpdate(model=model)
         feed = CacheFeed(self.incarnation, request) if request.cache_events else None
         period = WATCH_LOAD_S if feed is None else WATCH_EVENTS_S
         next_load = 0.0
@@ -273,9 +288,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         loop = self._loop
         command = request.WhichOneof("command")
         if command == "collect_metrics":
-            if loop is not None:
-                self._metrics.state(loop.state, loop.stalled_s())
-            return worker_pb2.ControlReply(ok=True, metrics=render(self._registry))
+            return worker_pb2.ControlReply(ok=True, metrics=self.metrics_page())
         if loop is None:
             return worker_pb2.ControlReply(ok=False, message=f"starting: {self._startup.phase}")
         if command == "health":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from quire.cli.serve import greeting
+from quire.cli.http_server import greeting
 from quire.config.gateway import GatewayConfig
 
 START_S = 90

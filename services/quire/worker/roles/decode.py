@@ -29,6 +29,7 @@ from quire.transfer.state import Delivered, Ended
 from quire.worker import convert
 
 if TYPE_CHECKING:
+    from quire.cluster.rpc import Cluster
     from quire.engine.engine import Engine
     from quire.engine.loop import EngineLoop
     from quire.engine.scheduler.remote import PrefillNeeded
@@ -71,8 +72,9 @@ class Prompt:
 class DecodeRole:
     """Prompts of one worker. Lives on the event loop; `fence` alone is called elsewhere."""
 
-    def __init__(self, loop: EngineLoop, endpoint: Endpoint, peer: Peer) -> None:
+    def __init__(self, loop: EngineLoop, endpoint: Endpoint, peer: Peer, cluster: Cluster) -> None:
         self._loop = loop
+        self._cluster = cluster
         self._endpoint = endpoint
         self._peer = peer
         self._asyncio = asyncio.get_running_loop()
@@ -216,5 +218,5 @@ class DecodeRole:
                 ("grpc.enable_retries", 0),
                 ("grpc.max_reconnect_backoff_ms", 1000),
             ]
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=options)
+            channel = self._channels[address] = self._cluster.channel(address, options)
         return channel
