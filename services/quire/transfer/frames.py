@@ -12,12 +12,15 @@
         32      4  epoch
         36      4  first        first block of a grant
         40      8  sequence     of a DATA frame on its connection; an ACK or FENCED names it again
-        48      8  value        reserved, 0
-        56      8  xxh3_64 of the 56 bytes before: a damaged header ends the connection
+        48      8  xxh3_64 of the body, of DATA of its table alone; 0 without one and of PROBE
+        56      8  xxh3_64 of the 56 bytes before
 
 All integers little-endian. Body of DATA: a table of `num` entries (block u32, piece u32, xxh3_64
 of the piece u64), then the pieces in the table's order, raw. Body of ACK: a table of the pieces to
 send again, checksum 0; none when all were good.
+
+A damaged piece is sent again. Damage anywhere else (a commit carries the first tokens) ends the
+connection.
 """
 
 from __future__ import annotations
@@ -84,6 +87,8 @@ class Header(NamedTuple):
     epoch: int = 0
     first: int = 0
     sequence: int = 0
+    body_sum: int = 0
+    """Set by `pack`."""
 
 
 class Entry(NamedTuple):
@@ -113,7 +118,7 @@ def pack(header: Header, body: bytes = b"") -> bytes:
         header.epoch,
         header.first,
         header.sequence,
-        0,
+        checksum(body) if body else 0,
     )
     return b"".join((start, _SUM.pack(checksum(start)), body))
 
@@ -121,16 +126,14 @@ def pack(header: Header, body: bytes = b"") -> bytes:
 def unpack(data: bytes | bytearray | memoryview) -> Header:
     """The header in 64 bytes. Raises FrameError."""
     (found,) = _SUM.unpack_from(data, 56)
-    magic, kind, _, rank, length, num, transfer, incarnation, epoch, first, sequence, _ = (
-        _HEADER.unpack_from(data)
-    )
+    magic, kind, _, rank, length, num, *rest = _HEADER.unpack_from(data)
     if magic != MAGIC:
         raise FrameError("not a frame of this protocol")
     if found != checksum(bytes(data[:56])):
         raise FrameError("damaged header")
     if length > MAX_BODY_BYTES or num * ENTRY_BYTES > max(length, MAX_BODY_BYTES):
         raise FrameError(f"a body of {length} bytes is too long")
-    return Header(kind, rank, length, num, transfer, incarnation, epoch, first, sequence)
+    return Header(kind, rank, length, num, *rest)
 
 
 def pack_entries(entries: Iterable[Entry]) -> bytes:

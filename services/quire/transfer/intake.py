@@ -124,6 +124,8 @@ class Intake:
 
     def _end_body(self) -> None:
         header = self._header
+        if checksum(self._target) != header.body_sum:
+            raise FrameError("damaged body")
         if header.kind != Kind.DATA:
             self._handler.on_frame(header, bytes(self._target))
             self._next_frame()

@@ -85,9 +85,9 @@ class Recorder:
 def data_frame(payloads, *, transfer=1, sequence=1, lie=False):
     entries = [Entry(b, 0, checksum(p) ^ lie) for b, p in payloads.items()]
     table = pack_entries(entries)
-    body = table + b"".join(payloads.values())
+    pieces = b"".join(payloads.values())
     header = Header(Kind.DATA, num=len(entries), transfer=transfer, sequence=sequence)
-    return pack(header._replace(length=len(body)), body)
+    return pack(header._replace(length=len(table) + len(pieces)), table) + pieces
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=60))
@@ -120,6 +120,16 @@ def test_a_place_that_is_gone_in_the_middle_takes_the_rest_nowhere():
     assert bytes(recorder.pool[1]) == b"y" * 8 + bytes(12)
     assert recorder.good == []
     assert recorder.frames == [(Kind.PING, b"")]
+
+
+@pytest.mark.parametrize("kind", [Kind.COMMIT, Kind.DATA])
+def test_a_flipped_bit_in_a_message_or_a_table_ends_the_connection(kind):
+    """A commit carries the first tokens: they are as precious as the blocks."""
+    body = pack_entries([Entry(0, 0, checksum(b"x"))])
+    frame = bytearray(pack(Header(kind, num=1, length=len(body) + (kind == Kind.DATA)), body))
+    frame[64 + 7] ^= 4
+    with pytest.raises(FrameError, match="damaged body"):
+        Intake(Recorder()).feed(frame)
 
 
 def test_a_wrong_checksum_is_reported():
