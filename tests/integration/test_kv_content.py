@@ -22,7 +22,7 @@ from quire.transfer.faults import FaultPlan, FaultyTransport
 from quire.transfer.tcp import TcpTransport
 from quire.worker import disaggregation
 
-ROUNDS = 6
+ROUNDS = 4
 FAULTS = {
     "corrupt": {"corrupt": 0.05},
     "duplicate": {"duplicate": 0.2},
@@ -111,7 +111,7 @@ async def test_a_block_has_the_same_bits_everywhere_for_long(tmp_path, transport
         pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
     transfer = TransferConfig(kv_transports=(transport,), kv_heartbeat_s=5.0, kv_lease_s=60.0)
     dtype = ("float32", "bfloat16")[seed % 2]
-    await compare(tmp_path, dtype, transfer, 25 * ROUNDS, seed=10 + seed)
+    await compare(tmp_path, dtype, transfer, 40 * ROUNDS, seed=10 + seed)
 
 
 @pytest.mark.parametrize("faults", FAULTS)
