@@ -15,6 +15,10 @@ wires operations. Symbols used in shapes below:
     H hidden size, V vocabulary, nh/nkv query/KV heads of this rank, hd head size.
 
 The residual stream is float32 [T, H] whatever the model's dtype.
+
+In a tensor-parallel group (`group.Group`) every rank runs the same operations over its own weights.
+Three of them exchange: `embed` (a part of the vocabulary each), `linear_add` (a part of K each: the
+products are summed over ranks, so one rank alone has the bias) and `logits` (joined on rank 0).
 """
 
 from __future__ import annotations
@@ -87,8 +91,11 @@ class Ops(Protocol):
     def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Linear:
         """Pack two [I, K] matrices for `gate_up_silu`."""
 
-    def pack_embedding(self, table: torch.Tensor) -> Linear:
-        """Pack a [V, H] table for `embed`; the same object serves `logits` when tied."""
+    def pack_embedding(self, table: torch.Tensor, vocabulary: int | None = None) -> Linear:
+        """Pack a [V, H] table for `embed`; the same object serves `logits` when tied.
+
+        In a group: this rank's `group.part_of` the rows of a table of `vocabulary` rows.
+        """
 
     def embed(self, table: Linear) -> Value:
         """Rows of the table for the step's token ids: [T, H] residual stream."""
@@ -126,4 +133,4 @@ class Ops(Protocol):
         """The rows of x [T, H] whose logits are wanted: [R, H]."""
 
     def logits(self, x: Value, w: Linear) -> Value:
-        """x @ w.T in float32: [R, V]."""
+        """x @ w.T in float32: [R, V]; on ranks beyond the first, something to be ignored."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from quire.kernels.group import ALONE, part_of
 from quire.kernels.layout import BLOCK_SIZE, KvLayout, KvOrder
 from quire.kernels.ops import Rope
 from quire.kernels.reference import LayerCache, cache_slots, norm_and_rotate
@@ -25,6 +26,7 @@ from quire.kernels.reference import LayerCache, cache_slots, norm_and_rotate
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from quire.kernels.group import Group
     from quire.kernels.ops import AttentionShape, StepInputs
     from quire.kernels.reference import QkNorms
 
@@ -38,6 +40,14 @@ class PackedLinear:
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PackedTable(PackedLinear):
+    """Rows [first, first + N) of an embedding of `vocabulary` rows; rows past the end are zero."""
+
+    first: int = 0
+    vocabulary: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,11 +140,13 @@ class TorchOps:
         num_blocks: int,
         device: torch.device | str = "cpu",
         use_triton: bool | None = None,
+        group: Group = ALONE,
     ) -> None:
         """`use_triton` None means on CUDA only; True elsewhere needs Triton's interpreter."""
         if layout.order is not KvOrder.PLAIN:
             raise ValueError(f"TorchOps reads KvOrder.PLAIN, not {layout.order!r}")
         self.layout = layout
+        self.group = group
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, layout.dtype)
         self.kernels = step_kernels(
@@ -166,9 +178,15 @@ class TorchOps:
         """Stack two [I, K] matrices: [2 I, K], gate first."""
         return PackedLinear(self._own(torch.cat([gate, up])))
 
-    def pack_embedding(self, table: torch.Tensor) -> PackedLinear:
-        """A [V, H] table for `embed` and `logits`."""
-        return PackedLinear(self._own(table))
+    def pack_embedding(self, table: torch.Tensor, vocabulary: int | None = None) -> PackedTable:
+        """A [V, H] table for `embed` and `logits`, or this rank's rows of `vocabulary` in all."""
+        total = len(table) if vocabulary is None else vocabulary
+        own = part_of(total, self.group.rank, self.group.size)
+        # every rank's logits are as wide as the first one's
+        missing = len(part_of(total, 0, self.group.size)) - len(own)
+        return PackedTable(
+            self._own(F.pad(table, (0, 0, 0, missing))), first=own.start, vocabulary=total
+        )
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
@@ -203,9 +221,14 @@ class TorchOps:
         for part in torch.split(index, 1) if is_chained else (index,):
             self.pool[part[:, 1]] = self.pool[part[:, 0]]
 
-    def embed(self, table: PackedLinear) -> torch.Tensor:
+    def embed(self, table: PackedTable) -> torch.Tensor:
         """Rows of the table for the step's tokens: float32 [T, H]."""
-        return F.embedding(self.step.token_ids, table.weight).float()
+        if self.group.size == 1:
+            return F.embedding(self.step.token_ids, table.weight).float()
+        ids = self.step.token_ids - table.first
+        is_own = (ids >= 0) & (ids < len(table.weight))
+        own = F.embedding(ids.where(is_own, 0), table.weight)
+        return self.group.sum(own.where(is_own[:, None], 0.0))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Normalise the last dimension in float32; result in the model's dtype."""
@@ -217,7 +240,8 @@ class TorchOps:
 
     def linear_add(self, x: torch.Tensor, w: PackedLinear, residual: torch.Tensor) -> torch.Tensor:
         """Add x @ w.T + bias to the float32 residual [rows, N], in place."""
-        return residual.add_(F.linear(x, w.weight, w.bias))
+        product = F.linear(x, w.weight, w.bias)
+        return residual.add_(product if self.group.size == 1 else self.group.sum(product))
 
     def gate_up_silu(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
         """silu(x @ gate.T) * (x @ up.T): [rows, I]."""
@@ -249,8 +273,11 @@ class TorchOps:
         """The rows whose logits are wanted: [R, H]."""
         return x[self.step.logit_rows]
 
-    def logits(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
-        """x [R, H] @ w.T, not rounded below float32: [R, V]."""
+    def logits(self, x: torch.Tensor, w: PackedTable) -> torch.Tensor:
+        """x [R, H] @ w.T in float32: [R, V]; on ranks beyond the first this rank's columns."""
+        return self.group.join(self._logits(x, w))[:, : w.vocabulary]
+
+    def _logits(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
         if w.weight.dtype == torch.float32:
             return F.linear(x, w.weight)
         if x.is_cuda:

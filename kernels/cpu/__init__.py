@@ -8,7 +8,8 @@ from quire.kernels.cpu.library import (
     isa,
     load,
 )
-from quire.kernels.cpu.ops import CpuOps, MemoryUse, PackedLinear, alloc_pool
+from quire.kernels.cpu.ops import CpuOps, MemoryUse, alloc_pool
+from quire.kernels.cpu.packing import PackedLinear
 from quire.kernels.cpu.program import Buffer, Program, StepLimits
 
 __all__ = [

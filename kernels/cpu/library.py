@@ -52,7 +52,14 @@ class Matrix(ctypes.Structure):
 class EmbedArgs(ctypes.Structure):
     """EmbedArgs of csrc/cpu/kernels.h."""
 
-    _fields_ = [("table", c_void_p), ("rows", c_int64), ("columns", c_int64), ("out", Matrix)]
+    _fields_ = [
+        ("table", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("out", Matrix),
+        ("first", c_int64),
+        ("vocabulary", c_int64),
+    ]
 
 
 class RmsNormArgs(ctypes.Structure):
@@ -126,7 +133,36 @@ class TakeRowsArgs(ctypes.Structure):
     _fields_ = [("input", Matrix), ("out", Matrix), ("row_bytes", c_int64)]
 
 
-OpArgs = EmbedArgs | RmsNormArgs | LinearArgs | RopeArgs | AttentionArgs | TakeRowsArgs
+class PartsArgs(ctypes.Structure):
+    """PartsArgs of csrc/cpu/kernels.h."""
+
+    _fields_ = [
+        ("parts", c_void_p),
+        ("num_parts", c_int64),
+        ("columns", c_int64),
+        ("out", Matrix),
+        ("accumulate", c_int32),
+    ]
+
+
+class SumPartsArgs(PartsArgs):
+    """Sums the parts of all ranks."""
+
+
+class JoinColumnsArgs(PartsArgs):
+    """Puts the columns of all ranks beside one another."""
+
+
+OpArgs = (
+    EmbedArgs
+    | RmsNormArgs
+    | LinearArgs
+    | RopeArgs
+    | AttentionArgs
+    | TakeRowsArgs
+    | SumPartsArgs
+    | JoinColumnsArgs
+)
 
 OP_CODES: dict[type[OpArgs], int] = {
     EmbedArgs: 0,
@@ -135,6 +171,8 @@ OP_CODES: dict[type[OpArgs], int] = {
     RopeArgs: 3,
     AttentionArgs: 4,
     TakeRowsArgs: 5,
+    SumPartsArgs: 6,
+    JoinColumnsArgs: 7,
 }
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from quire.kernels.cpu import library as lib
+from quire.kernels.cpu.exchange import Exchange
+from quire.kernels.cpu.packing import PackedLinear, PackedTable, Packer, floats
 from quire.kernels.cpu.program import (
     ACTIVATION_DTYPES,
     LOGIT_ROWS,
@@ -26,15 +26,17 @@ from quire.kernels.cpu.program import (
     Buffer,
     BufferPool,
     Program,
+    Recording,
     StepLimits,
     Target,
 )
+from quire.kernels.group import ALONE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    import numpy as np
     import torch
 
+    from quire.kernels.group import Group
     from quire.kernels.layout import KvLayout
     from quire.kernels.ops import AttentionShape, Rope
 
@@ -48,17 +50,6 @@ class _Epilogue(IntEnum):
     STORE_FLOAT = 1
     ADD_FLOAT = 2
     SILU_MUL = 3
-
-
-@dataclass(frozen=True)
-class PackedLinear:
-    """A weight matrix [n, k] in panels, see csrc/cpu/gemm.h."""
-
-    data: np.ndarray  # uint8
-    bias: np.ndarray | None  # float32, [n] and zeros up to a multiple of 32
-    n: int  # columns of the result; gate and up together for `gate_up_silu`
-    k: int
-    is_gate_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,29 +78,24 @@ def alloc_pool(layout: KvLayout, num_blocks: int) -> np.ndarray:
     return lib.huge_array(num_blocks * layout.block_bytes).reshape(num_blocks, layout.block_bytes)
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    name = str(tensor.dtype).removeprefix("torch.")
-    if name not in lib.DTYPE_CODES:
-        raise TypeError(f"weights must be one of {sorted(lib.DTYPE_CODES)}, not {name}")
-    return name
-
-
-class CpuOps:
+class CpuOps(Packer):
     """Packs weights and records a model's step for the compiled CPU kernels.
 
     `layout.dtype` is the model's: weights, cache and (bfloat16) activations between matmuls. The
     residual stream is float32.
     """
 
-    def __init__(self, layout: KvLayout, limits: StepLimits, team: lib.Team) -> None:
+    def __init__(
+        self, layout: KvLayout, limits: StepLimits, team: lib.Team, group: Group = ALONE
+    ) -> None:
         """Raise ValueError for a layout that the kernels do not read."""
         check_layout(layout)
-        self._library = lib.load()
-        self._layout, self._limits, self._team = layout, limits, team
+        super().__init__(layout.dtype, team, group)
+        self._layout, self._limits = layout, limits
         self._activation = ACTIVATION_DTYPES[layout.dtype]
-        self._weights = lib.Arena()
         self._buffers = BufferPool((limits.max_tokens, limits.max_logit_rows))
         self._recorded: list[lib.Op] = []
+        self._exchanges: list[Exchange] = []
         self._keep: list[object] = []
 
     @property
@@ -117,89 +103,10 @@ class CpuOps:
         """Bytes in use by packed weights and recorded buffers."""
         return MemoryUse(weights=self._weights.used, activations=self._buffers.used)
 
-    # ---- weights --------------------------------------------------------------------------------
-
-    def pack_linear(
-        self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None] = ()
-    ) -> PackedLinear:
-        """Stack [N_i, K] matrices along N and pack them, with a bias each or none.
-
-        Sources are read once, in order, straight from where they lie (a mapped file). Raises
-        ValueError for shapes that do not fit, TypeError for other dtypes than the three.
-        """
-        n, k = sum(len(weight) for weight in weights), int(weights[0].shape[1])
-        packed = self._allocate(n, k, self._stack_bias(weights, bias))
-        first = 0
-        for weight in weights:
-            self._pack(weight, packed, first, 16)
-            first += len(weight)
-        return packed
-
-    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> PackedLinear:
-        """Interleave two [I, K] matrices by 16 rows, so that a panel holds both of 16 outputs."""
-        if gate.shape != up.shape:
-            raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must agree")
-        packed = self._allocate(2 * len(gate), int(gate.shape[1]), None, is_gate_up=True)
-        self._pack(gate, packed, 0, 32)
-        self._pack(up, packed, 16, 32)
-        return packed
-
-    def pack_embedding(self, table: torch.Tensor) -> PackedLinear:
-        """Pack a [V, H] table; the same object serves `embed` and, tied, `logits`."""
-        return self.pack_linear([table])
-
-    def _allocate(
-        self, n: int, k: int, bias: np.ndarray | None, *, is_gate_up: bool = False
-    ) -> PackedLinear:
-        dtype = self._layout.dtype
-        elements = self._library.quire_packed_elements(lib.DTYPE_CODES[dtype], n, k)
-        data = self._weights.take(elements * lib.NUMPY_DTYPES[dtype].itemsize)
-        return PackedLinear(data, bias, n, k, is_gate_up)
-
-    def _pack(self, weight: torch.Tensor, packed: PackedLinear, first: int, step: int) -> None:
-        if weight.ndim != 2 or weight.shape[1] != packed.k:
-            raise ValueError(f"expected a matrix [N, {packed.k}], not {tuple(weight.shape)}")
-        if weight.stride(1) != 1:
-            weight = weight.contiguous()
-        source = lib.PackSource(
-            weight.data_ptr(),
-            lib.DTYPE_CODES[_dtype_name(weight)],
-            len(weight),
-            packed.k,
-            weight.stride(0),
-        )
-        destination = lib.PackDestination(
-            packed.data.ctypes.data, lib.DTYPE_CODES[self._layout.dtype], first, step
-        )
-        self._library.quire_pack(self._team.handle, source, destination)
-
-    def _stack_bias(
-        self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
-    ) -> np.ndarray | None:
-        if all(part is None for part in bias):
-            return None
-        n = sum(len(weight) for weight in weights)
-        stacked = self._weights.take(32 * -(-n // 32) * 4).view(np.float32)
-        first = 0
-        for weight, part in zip(weights, bias, strict=True):
-            if part is not None:
-                stacked[first : first + len(weight)] = self._floats(part, len(weight))
-            first += len(weight)
-        return stacked
-
-    def _floats(self, tensor: torch.Tensor, size: int) -> np.ndarray:
-        """A vector [size] as float32."""
-        if tensor.shape != (size,):
-            raise ValueError(f"expected a vector [{size}], not {tuple(tensor.shape)}")
-        vector: np.ndarray = tensor.detach().float().contiguous().numpy()
-        return vector
-
     def _address(self, array: np.ndarray) -> int:
         """Address of an array that will be kept alive with the program."""
         self._keep.append(array)
         return int(array.ctypes.data)
-
-    # ---- recording ------------------------------------------------------------------------------
 
     def input(
         self, columns: int, dtype: str | None = None, *, of_logit_rows: bool = False
@@ -211,18 +118,28 @@ class CpuOps:
         domain = LOGIT_ROWS if of_logit_rows else TOKENS
         return self._buffers.take(domain, columns, dtype or self._activation)
 
-    def embed(self, table: PackedLinear) -> Buffer:
+    def embed(self, table: PackedTable) -> Buffer:
         """Rows of the table for the step's token ids: float32 [T, H]."""
-        out = self._buffers.take(TOKENS, table.k, "float32")
-        address = self._address(table.data)
-        self._record(lib.EmbedArgs(address, table.n, table.k, out.matrix), TOKENS)
-        return out
+        is_part = self._group.size > 1
+        own = self._buffers.take(TOKENS, table.k, "float32", padded=not is_part)
+        args = lib.EmbedArgs(
+            table=self._address(table.data),
+            rows=table.n,
+            columns=table.k,
+            out=own.matrix,
+            first=table.first,
+            vocabulary=table.vocabulary,
+        )
+        self._record(args, TOKENS)
+        if not is_part:
+            return own
+        return self._sum(own, self._buffers.take(TOKENS, table.k, "float32"), accumulate=False)
 
     def rms_norm(self, x: Buffer, weight: torch.Tensor, eps: float) -> Buffer:
         """x / rms(x) * weight in float32, rounded to the activations' dtype: [rows, H]."""
         self._expect(x, "float32")
         out = self._buffers.take(x.domain, x.columns, self._activation)
-        address = self._address(self._floats(weight, x.columns))
+        address = self._address(floats(weight, x.columns))
         self._record(lib.RmsNormArgs(x.matrix, out.matrix, address, x.columns, eps), x.domain)
         return out
 
@@ -236,7 +153,11 @@ class CpuOps:
         self._expect(residual, "float32")
         if residual.columns != w.n or residual.domain != x.domain:
             raise ValueError(f"residual must be [rows, {w.n}]")
-        return self._record_linear(x, w, residual, _Epilogue.ADD_FLOAT)
+        if self._group.size == 1:
+            return self._record_linear(x, w, residual, _Epilogue.ADD_FLOAT)
+        own = self._buffers.take(x.domain, w.n, "float32", padded=False)
+        self._record_linear(x, w, own, _Epilogue.STORE_FLOAT)
+        return self._sum(own, residual, accumulate=True)
 
     def gate_up_silu(self, x: Buffer, w: PackedLinear) -> Buffer:
         """silu(x @ gate.T) * (x @ up.T): [rows, I]."""
@@ -245,10 +166,58 @@ class CpuOps:
         out = self._buffers.take(x.domain, w.n // 2, self._activation)
         return self._record_linear(x, w, out, _Epilogue.SILU_MUL)
 
-    def logits(self, x: Buffer, w: PackedLinear) -> Buffer:
-        """x @ w.T in float32, without gaps between rows: [R, V]."""
-        out = self._buffers.take(x.domain, w.n, "float32", padded=False)
-        return self._record_linear(x, w, out, _Epilogue.STORE_FLOAT)
+    def logits(self, x: Buffer, w: PackedTable) -> Buffer:
+        """x @ w.T in float32: [R, V]; on ranks beyond the first this rank's columns of it."""
+        own = self._buffers.take(x.domain, w.n, "float32", padded=False)
+        self._record_linear(x, w, own, _Epilogue.STORE_FLOAT)
+        if self._group.size == 1:
+            return own
+        parts = self._exchange(own, is_for_all=False)
+        if self._group.rank:
+            return own
+        joined = self._buffers.take(x.domain, parts.columns, "float32", padded=False)
+        self._record(lib.JoinColumnsArgs(*self._parts(parts), joined.matrix), x.domain)
+        return joined.narrow(w.vocabulary)
+
+    def _exchange(self, part: Buffer, *, is_for_all: bool) -> Buffer:
+        """The program stops here until every rank's `part` is in the returned buffer."""
+        columns = self._group.size * part.columns
+        parts = self._buffers.take(part.domain, columns, "float32", padded=False)
+        self._exchanges.append(
+            Exchange(
+                before=len(self._recorded),
+                group=self._group,
+                domain=part.domain,
+                part=part.array,
+                parts=parts.array,
+                is_for_all=is_for_all,
+            )
+        )
+        return parts
+
+    def _sum(self, part: Buffer, out: Buffer, *, accumulate: bool) -> Buffer:
+        """`out`, with the sum of all ranks' `part` in it, or added to what it holds."""
+        parts = self._exchange(part, is_for_all=True)
+        self._record(lib.SumPartsArgs(*self._parts(parts), out.matrix, accumulate), out.domain)
+        return out
+
+    def _parts(self, parts: Buffer) -> tuple[int, int, int]:
+        """Address, number and columns of what the ranks gave."""
+        size = self._group.size
+        return self._address(parts.array), size, parts.columns // size
+
+    def _record_parts(
+        self,
+        kind: type[lib.SumPartsArgs | lib.JoinColumnsArgs],
+        parts: Buffer,
+        out: Buffer,
+        *,
+        accumulate: bool = False,
+    ) -> None:
+        size = self._group.size
+        address = self._address(parts.array)
+        args = kind(address, size, parts.columns // size, out.matrix, accumulate)
+        self._record(args, parts.domain)
 
     def rope_and_cache(
         self,
@@ -264,7 +233,7 @@ class CpuOps:
             raise ValueError(f"rotary_dim {rope.rotary_dim} exceeds head_dim {shape.head_dim}")
         q_norm, k_norm, eps = norms or (None, None, 0.0)
         q_floats, k_floats = (
-            None if norm is None else self._address(self._floats(norm, shape.head_dim))
+            None if norm is None else self._address(floats(norm, shape.head_dim))
             for norm in (q_norm, k_norm)
         )
         cos, sin = (
@@ -315,8 +284,9 @@ class CpuOps:
         not fit the layout.
         """
         target = Target(self._team, self._layout, pool, self._limits)
-        program = Program(target, self._recorded, result, (self._buffers, self._keep))
-        self._recorded, self._keep = [], []
+        recording = Recording(self._recorded, self._exchanges, result)
+        program = Program(target, recording, (self._buffers, self._keep))
+        self._recorded, self._exchanges, self._keep = [], [], []
         return program
 
     def _record(self, args: lib.OpArgs, domain: int) -> None:

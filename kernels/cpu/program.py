@@ -14,6 +14,7 @@ from quire.kernels.cpu import library as lib
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from quire.kernels.cpu.exchange import Exchange
     from quire.kernels.layout import KvLayout
     from quire.kernels.ops import StepInputs
 
@@ -46,11 +47,18 @@ class Buffer:
         self.dtype = dtype
         self.array = array
         """[rows, columns] view in the numpy dtype of `dtype` (bfloat16 as uint16)."""
+        self._whole: Buffer | None = None
 
     @property
     def columns(self) -> int:
         """Elements of a row."""
         return int(self.array.shape[1])
+
+    def narrow(self, columns: int) -> Buffer:
+        """The first columns of this buffer, whose storage stays in use."""
+        part = Buffer(self.domain, self.dtype, self.array[:, :columns])
+        part._whole = self
+        return part
 
     @property
     def matrix(self) -> lib.Matrix:
@@ -112,22 +120,31 @@ class Target:
     limits: StepLimits
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What `CpuOps` recorded: operations, the stops between them, and the buffer of the result."""
+
+    ops: Sequence[lib.Op]
+    exchanges: Sequence[Exchange]
+    result: Buffer
+
+
 class Program:
     """Operations recorded by `CpuOps`, ready to run.
 
     Programs recorded by one `CpuOps` share buffers: run them one at a time.
     """
 
-    def __init__(
-        self, target: Target, ops: Sequence[lib.Op], result: Buffer, keep: Sequence[object]
-    ) -> None:
+    def __init__(self, target: Target, recording: Recording, keep: Sequence[object]) -> None:
         """`keep` holds whatever the operations point to. Raises ValueError for an unfit pool."""
         block_bytes = target.layout.block_bytes
         if target.pool.dtype != np.uint8 or target.pool.shape[1:] != (block_bytes,):
             raise ValueError(f"the pool must be uint8 [blocks, {block_bytes}]")
         self._library = lib.load()
         self._target = target
-        self._result = result
+        ops = recording.ops
+        self._result = recording.result
+        self._exchanges = recording.exchanges
         self._keep = keep
         self._num_ops = len(ops)
         self._codes = [op.code for op in ops]
@@ -160,35 +177,22 @@ class Program:
         For logits that is float32 [R, V]. Raises ValueError, before anything ran, for inputs
         beyond the limits or that contradict one another.
         """
-        self.run_ops(inputs, 0, self._num_ops)
-        rows = inputs.token_ids if self._result.domain == TOKENS else inputs.logit_rows
-        return self._result.array[: len(rows)]
+        rows = {TOKENS: len(inputs.token_ids), LOGIT_ROWS: len(inputs.logit_rows)}
+        args, _arrays = _step_args(inputs)
+        begin = 0
+        for exchange in self._exchanges:
+            self._run(args, begin, exchange.before)
+            exchange.run(rows[exchange.domain])
+            begin = exchange.before
+        self._run(args, begin, self._num_ops)
+        return self._result.array[: rows[self._result.domain]]
 
     def run_ops(self, inputs: StepInputs, begin: int, end: int) -> None:
         """Run operations [begin, end) alone, for tests and measurements."""
-        arrays = [
-            np.ascontiguousarray(array, np.int32)
-            for array in (
-                inputs.token_ids,
-                inputs.positions,
-                inputs.query_start,
-                inputs.context_lens,
-                inputs.block_tables,
-                inputs.logit_rows,
-            )
-        ]
-        token_ids, positions, query_start, context_lens, block_tables, logit_rows = arrays
-        if len(positions) != len(token_ids) or len(query_start) != len(context_lens) + 1:
-            raise ValueError("token_ids and positions, query_start and context_lens must match")
-        if block_tables.ndim != 2 or len(block_tables) != len(context_lens):
-            raise ValueError("block_tables must be [sequences, blocks]")
-        args = lib.StepArgs(
-            *(array.__array_interface__["data"][0] for array in arrays),
-            block_tables.shape[1],
-            len(token_ids),
-            len(context_lens),
-            len(logit_rows),
-        )
+        args, _arrays = _step_args(inputs)
+        self._run(args, begin, end)
+
+    def _run(self, args: lib.StepArgs, begin: int, end: int) -> None:
         problem = self._library.quire_program_run(self._handle, args, begin, end)
         if problem is not None:
             raise ValueError(f"step cannot run: {problem.decode()}")
@@ -223,3 +227,34 @@ class Program:
         return [
             (names[code], seconds) for code, seconds in zip(self._codes, self._profile, strict=True)
         ]
+
+
+def _step_args(inputs: StepInputs) -> tuple[lib.StepArgs, list[np.ndarray]]:
+    """The step as the library reads it, and the arrays that it points to.
+
+    Raises ValueError for arrays that do not belong together.
+    """
+    arrays = [
+        np.ascontiguousarray(array, np.int32)
+        for array in (
+            inputs.token_ids,
+            inputs.positions,
+            inputs.query_start,
+            inputs.context_lens,
+            inputs.block_tables,
+            inputs.logit_rows,
+        )
+    ]
+    token_ids, positions, query_start, context_lens, block_tables, logit_rows = arrays
+    if len(positions) != len(token_ids) or len(query_start) != len(context_lens) + 1:
+        raise ValueError("token_ids and positions, query_start and context_lens must match")
+    if block_tables.ndim != 2 or len(block_tables) != len(context_lens):
+        raise ValueError("block_tables must be [sequences, blocks]")
+    args = lib.StepArgs(
+        *(array.__array_interface__["data"][0] for array in arrays),
+        block_tables.shape[1],
+        len(token_ids),
+        len(context_lens),
+        len(logit_rows),
+    )
+    return args, arrays

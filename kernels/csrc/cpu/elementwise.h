@@ -1,4 +1,5 @@
-// Embedding, RMSNorm and the gather of logit rows: an item is a row.
+// Embedding, RMSNorm, the gather of logit rows and what follows an exchange between ranks: an item is
+// a row.
 // Included once per instruction set; see simd.h.
 
 #pragma once
@@ -31,7 +32,13 @@ void unpack_row(const EmbedArgs& args, int64_t id, float* out) {
 template <class Format>
 void embed(const EmbedArgs& args, const Step& step, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    unpack_row<Format>(args, step.args.token_ids[row], row_of<float>(args.out, row));
+    const int64_t id = step.args.token_ids[row] - args.first;
+    float* out = row_of<float>(args.out, row);
+    if (id >= 0 && id < args.rows) {
+      unpack_row<Format>(args, id, out);
+    } else {
+      std::fill_n(out, args.columns, 0.0f);
+    }
   }
 }
 
@@ -66,6 +73,34 @@ inline void take_rows(const TakeRowsArgs& args, const Step& step, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     std::memcpy(row_of<char>(args.out, row), row_of<char>(args.in, step.args.logit_rows[row]),
                 args.row_bytes);
+  }
+}
+
+// Parts are summed in the order of ranks, so every rank gets the same bits at any step size.
+inline void sum_parts(const PartsArgs& args, int64_t num_rows, Range rows) {
+  const int64_t n = args.columns;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    float* out = row_of<float>(args.out, row);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const float* part = args.parts + row * n + i;
+      Lanes sum = load_some(part, n - i);
+      for (int64_t rank = 1; rank < args.num_parts; ++rank) {
+        part += num_rows * n;
+        sum = sum + load_some(part, n - i);
+      }
+      if (args.accumulate) sum = load_some(out + i, n - i) + sum;
+      store_some(out + i, sum, n - i);
+    }
+  }
+}
+
+inline void join_columns(const PartsArgs& args, int64_t num_rows, Range rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    float* out = row_of<float>(args.out, row);
+    for (int64_t rank = 0; rank < args.num_parts; ++rank, out += args.columns) {
+      const float* part = args.parts + (rank * num_rows + row) * args.columns;
+      std::memcpy(out, part, args.columns * sizeof(float));
+    }
   }
 }
 

@@ -67,6 +67,14 @@ void run_take_rows(const Op& op, const Step& step, int64_t begin, int64_t end, c
   take_rows(op.take_rows, step, {begin, end});
 }
 
+void run_sum_parts(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  sum_parts(op.parts, step.rows(op.domain), {begin, end});
+}
+
+void run_join_columns(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  join_columns(op.parts, step.rows(op.domain), {begin, end});
+}
+
 void release() {
 #if defined(__AMX_BF16__)
   _tile_release();
@@ -85,7 +93,9 @@ constexpr Kernels make_table(const char* name) {
            {linear_items, run_linear},
            {rope_and_cache_items, run_rope_and_cache},
            {attention_op_items, run_attention},
-           {row_items, run_take_rows}},
+           {row_items, run_take_rows},
+           {row_items, run_sum_parts},
+           {row_items, run_join_columns}},
           release,
           kScratchBytes};
 }

@@ -37,7 +37,9 @@ enum class OpCode : int32_t {
   kRopeAndCache = 3,
   kAttention = 4,
   kTakeRows = 5,
-  kCount = 6,
+  kSumParts = 6,
+  kJoinColumns = 7,
+  kCount = 8,
 };
 
 enum class Domain : int32_t { kTokens = 0, kLogitRows = 1 };
@@ -56,10 +58,12 @@ struct Matrix {
 };
 
 struct EmbedArgs {
-  const void* table;  // packed like a linear's weights [V, H]
-  int64_t rows;       // V
-  int64_t columns;    // H
-  Matrix out;         // float32
+  const void* table;   // packed like a linear's weights [rows, H]
+  int64_t rows;        // of the table: the whole vocabulary, or one rank's part of it
+  int64_t columns;     // H
+  Matrix out;          // float32; zero for token ids of other parts
+  int64_t first;       // token id of the table's first row
+  int64_t vocabulary;  // V over all parts
 };
 
 struct RmsNormArgs {
@@ -113,6 +117,16 @@ struct TakeRowsArgs {
   int64_t row_bytes;
 };
 
+// What the ranks of a tensor-parallel group gave, one part after the other:
+// parts [num_parts][rows of the step][columns] float32, without gaps.
+struct PartsArgs {
+  const float* parts;
+  int64_t num_parts;
+  int64_t columns;     // of a part
+  Matrix out;          // float32
+  int32_t accumulate;  // kSumParts: add to what `out` holds
+};
+
 struct Op {
   OpCode code;
   Domain domain;  // of the rows computed
@@ -123,6 +137,7 @@ struct Op {
     RopeArgs rope;
     AttentionArgs attention;
     TakeRowsArgs take_rows;
+    PartsArgs parts;
   };
 };
 

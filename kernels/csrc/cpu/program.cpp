@@ -39,7 +39,7 @@ Program::~Program() { team_.settle(); }
 
 void Program::add(const Op& op) {
   phases_.reset();
-  if (op.code == OpCode::kEmbed) vocabulary_ = op.embed.rows;
+  if (op.code == OpCode::kEmbed) vocabulary_ = op.embed.vocabulary;
   if (op.code == OpCode::kRopeAndCache) {
     max_positions_ = std::min(max_positions_, op.rope.max_positions);
   }
