@@ -1,0 +1,23 @@
+{{- /* The component of a pod as the label "role", by which dashboards tell prefill from decode. */ -}}
+{{- define "quire.roleLabel" -}}
+- sourceLabels: [__meta_kubernetes_pod_label_app_kubernetes_io_component]
+  targetLabel: role
+{{- end -}}
+
+{{- /* The gateway's page repeats its workers' metrics, which their own pages have already. */ -}}
+{{- define "quire.gatewayScrape" -}}
+path: /metrics
+interval: {{ .Values.monitoring.podMonitor.interval }}
+{{- if .Values.gateway.auth.enabled }}
+authorization:
+  credentials:
+    name: {{ include "quire.apiKeySecret" . }}
+    key: api-key
+{{- end }}
+relabelings:
+  {{- include "quire.roleLabel" . | nindent 2 }}
+metricRelabelings:
+  - sourceLabels: [__name__]
+    regex: quire_gateway_.*|quire_build_info|process_.*
+    action: keep
+{{- end -}}

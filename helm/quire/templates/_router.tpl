@@ -1,0 +1,47 @@
+{{- define "quire.routerConfig" -}}
+listen: 0.0.0.0:9100
+http_port: 9090
+log_format: json
+pod:
+  {{- range include "quire.workers" . | trim | splitList "\n" }}
+  - {{ . | quote }}
+  {{- end }}
+{{ include "quire.tlsOptions" . }}
+{{- with .Values.router.options }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "quire.gatewayConfig" -}}
+model: {{ .Values.model.uri | quote }}
+served_model_name:
+  - {{ include "quire.modelName" . | quote }}
+  {{- range .Values.model.aliases }}
+  - {{ . | quote }}
+  {{- end }}
+{{- with .Values.model.tokenizer }}
+tokenizer: {{ . | quote }}
+{{- end }}
+{{- with .Values.model.revision }}
+revision: {{ . | quote }}
+{{- end }}
+host: 0.0.0.0
+port: 8000
+log_format: json
+allow_unauthenticated: {{ not .Values.gateway.auth.enabled }}
+shutdown_timeout: {{ .Values.gateway.drainSeconds }}
+worker:
+  {{- range include "quire.workers" . | trim | splitList "\n" }}
+  - {{ . | quote }}
+  {{- end }}
+{{- if .Values.router.enabled }}
+router:
+  {{- range include "quire.routers" . | trim | splitList "\n" }}
+  - {{ . | quote }}
+  {{- end }}
+{{- end }}
+{{ include "quire.tlsOptions" . }}
+{{- with .Values.gateway.options }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,1 @@
+"""The Helm chart's values: their schema and their reference, from the commands' own options."""

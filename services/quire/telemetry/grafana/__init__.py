@@ -1,0 +1,1 @@
+"""Dashboards and alerts, made of the metrics' declarations: no name is written twice."""

@@ -1,0 +1,282 @@
+"""What schemas of Kubernetes do not see: objects of a render that must fit each other."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+from manifests import NAMESPACE, VALUE_SETS, Render, render
+
+QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([a-zA-Z]*)")
+SUFFIXES = {
+    "": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30,
+    "Ti": 2**40,
+}  # fmt: skip
+COMPONENT = "app.kubernetes.io/component"
+GIVEN = {
+    "Secret": {"hf-token", "hf", "keys", "token", "certificates", "registry", "tls", "llm-tls"}
+}
+GIVEN["PersistentVolumeClaim"] = {"models"}
+"""What the values name as existing."""
+
+
+@pytest.fixture(params=VALUE_SETS)
+def rendered(request) -> Render:
+    return render(*VALUE_SETS[request.param])
+
+
+def amount(text: object) -> float:
+    digits, suffix = QUANTITY.fullmatch(str(text)).groups()
+    return float(digits) * SUFFIXES[suffix]
+
+
+def is_subset(selector: dict, labels: dict) -> bool:
+    return selector.items() <= labels.items()
+
+
+def containers(rendered: Render):
+    for name, pod in rendered.pods:
+        for container in pod["spec"]["containers"]:
+            yield name, pod["spec"], container
+
+
+def exists(rendered: Render, kind: str, name: str) -> bool:
+    return name in GIVEN.get(kind, ()) or rendered.named(kind, name) is not None
+
+
+def test_objects_are_named_once_and_live_in_the_releases_namespace(rendered) -> None:
+    names = [(o["kind"], o["metadata"]["name"]) for o in rendered.objects]
+    assert len(names) == len(set(names))
+    for o in rendered.objects:
+        assert o["metadata"].get("namespace", NAMESPACE) == NAMESPACE
+        most = 52 if o in rendered.workloads else 63 if o["kind"] == "Service" else 253
+        assert len(o["metadata"]["name"]) <= most, "a pod's name adds a number or a hash"
+        assert re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", o["metadata"]["name"])
+
+
+def test_selectors_choose_their_own_pods_and_no_others(rendered) -> None:
+    for workload in rendered.workloads:
+        selector = workload["spec"]["selector"]["matchLabels"]
+        chosen = [n for n, p in rendered.pods if is_subset(selector, p["metadata"]["labels"])]
+        assert chosen == [workload["metadata"]["name"]]
+
+
+def test_services_policies_and_budgets_choose_pods_that_exist(rendered) -> None:
+    selectors = [(o, o["spec"]["selector"]) for o in rendered.of("Service")]
+    selectors += [
+        (o, o["spec"]["selector"]["matchLabels"])
+        for o in rendered.of("PodDisruptionBudget", "PodMonitor", "ServiceMonitor", "InferencePool")
+    ]
+    policies = rendered.of("NetworkPolicy")
+    selectors += [(o, o["spec"]["podSelector"]["matchLabels"]) for o in policies]
+    labels = [pod["metadata"]["labels"] for _, pod in rendered.pods]
+    labels += [o["metadata"]["labels"] for o in rendered.of("Service")]
+    assert selectors
+    for o, selector in selectors:
+        assert any(is_subset(selector, each) for each in labels), (o["kind"], selector)
+
+
+def test_named_ports_exist(rendered) -> None:
+    for service in rendered.of("Service"):
+        for _, pod in rendered.pods:
+            if is_subset(service["spec"]["selector"], pod["metadata"]["labels"]):
+                known = {p["name"] for c in pod["spec"]["containers"] for p in c["ports"]}
+                assert {p["targetPort"] for p in service["spec"]["ports"]} <= known
+    for _, _, container in containers(rendered):
+        known = {p["name"] for p in container.get("ports", ())}
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            if probe in container:
+                assert container[probe]["httpGet"]["port"] in known
+    for policy in rendered.of("NetworkPolicy"):
+        selector = policy["spec"]["podSelector"]["matchLabels"]
+        for _, pod in rendered.pods:
+            if is_subset(selector, pod["metadata"]["labels"]):
+                known = {p["name"] for c in pod["spec"]["containers"] for p in c["ports"]}
+                for rule in policy["spec"]["ingress"]:
+                    assert {p["port"] for p in rule["ports"]} <= known
+    for monitor in rendered.of("PodMonitor"):
+        selector = monitor["spec"]["selector"]["matchLabels"]
+        pods = [p for _, p in rendered.pods if is_subset(selector, p["metadata"]["labels"])]
+        ports = {
+            p["name"] for pod in pods for c in pod["spec"]["containers"] for p in c.get("ports", ())
+        }
+        assert {e["port"] for e in monitor["spec"]["podMetricsEndpoints"]} <= ports
+
+
+def test_backends_of_routes_exist(rendered) -> None:
+    for ingress in rendered.of("Ingress"):
+        for rule in ingress["spec"]["rules"]:
+            for path in rule["http"]["paths"]:
+                backend = path["backend"]["service"]
+                service = rendered.named("Service", backend["name"])
+                assert backend["port"]["name"] in [p["name"] for p in service["spec"]["ports"]]
+    for route in rendered.of("HTTPRoute"):
+        for rule in route["spec"]["rules"]:
+            for backend in rule["backendRefs"]:
+                assert rendered.named(backend.get("kind", "Service"), backend["name"])
+
+
+def test_mounts_have_volumes_and_volumes_have_sources(rendered) -> None:
+    for _, spec, container in containers(rendered):
+        volumes = {v["name"]: v for v in spec["volumes"]}
+        mounts = {m["name"] for m in container["volumeMounts"]}
+        assert mounts == set(volumes), "each volume is mounted, each mount has one"
+        paths = [m["mountPath"] for m in container["volumeMounts"]]
+        assert len(paths) == len(set(paths))
+        for volume in volumes.values():
+            if "configMap" in volume:
+                assert exists(rendered, "ConfigMap", volume["configMap"]["name"])
+            if "secret" in volume:
+                assert exists(rendered, "Secret", volume["secret"]["secretName"])
+            if "persistentVolumeClaim" in volume:
+                claim = volume["persistentVolumeClaim"]["claimName"]
+                assert exists(rendered, "PersistentVolumeClaim", claim)
+
+
+def test_secrets_exist_with_their_keys_and_are_no_arguments(rendered) -> None:
+    for _, _, container in containers(rendered):
+        for variable in container["env"]:
+            reference = variable.get("valueFrom", {}).get("secretKeyRef")
+            if reference:
+                assert exists(rendered, "Secret", reference["name"])
+                own = rendered.named("Secret", reference["name"])
+                assert own is None or reference["key"] in own["data"]
+        names = [v["name"] for v in container["env"]]
+        assert len(names) == len(set(names))
+        assert not any("token" in arg or "key" in arg for arg in container.get("args", ()))
+    for config in rendered.of("ConfigMap"):
+        for secret in rendered.of("Secret"):
+            for value in secret["data"].values():
+                assert value not in str(config["data"])
+
+
+def test_accounts_exist(rendered) -> None:
+    for _, pod in rendered.pods:
+        assert exists(rendered, "ServiceAccount", pod["spec"]["serviceAccountName"])
+        assert pod["spec"]["automountServiceAccountToken"] is False
+
+
+def test_requests_are_given_and_within_limits(rendered) -> None:
+    for _, _, container in containers(rendered):
+        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+        for resource in ("cpu", "memory"):
+            assert amount(requests[resource]) <= amount(limits[resource])
+        for extended in (set(requests) | set(limits)) - {"cpu", "memory"}:
+            assert requests[extended] == limits[extended]
+
+
+def test_three_probes_and_a_start_that_may_take_long(rendered) -> None:
+    for workload in rendered.workloads:
+        (container,) = workload["spec"]["template"]["spec"]["containers"]
+        probes = [container[p] for p in ("startupProbe", "livenessProbe", "readinessProbe")]
+        seen = [(p["httpGet"]["path"], p["periodSeconds"], p["failureThreshold"]) for p in probes]
+        assert len(set(seen)) == 3
+        assert probes[1]["httpGet"]["path"] != probes[2]["httpGet"]["path"]
+        budget = probes[0]["periodSeconds"] * probes[0]["failureThreshold"]
+        assert budget >= 60
+
+
+def test_a_pod_has_time_to_drain(rendered) -> None:
+    for workload in rendered.workloads:
+        spec = workload["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        config = rendered.named("ConfigMap", workload["metadata"]["name"])["data"]
+        options = yaml.safe_load(next(iter(config.values())))
+        command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {})
+        waited = float(command["command"][1]) if command else 0.0
+        draining = options.get("shutdown_timeout", 0)
+        assert spec["terminationGracePeriodSeconds"] >= waited + draining + 10
+    gateway = next(w for w in rendered.workloads if w["kind"] == "Deployment")
+    assert "preStop" in gateway["spec"]["template"]["spec"]["containers"][0]["lifecycle"]
+
+
+def test_pods_are_restricted(rendered) -> None:
+    for _, spec, container in containers(rendered):
+        pod, own = spec["securityContext"], container["securityContext"]
+        assert pod["runAsNonRoot"] is True
+        assert pod["runAsUser"] > 0
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert own["allowPrivilegeEscalation"] is False
+        assert own["readOnlyRootFilesystem"] is True
+        assert own["capabilities"]["drop"] == ["ALL"]
+        assert set(own["capabilities"].get("add", ())) <= {"IPC_LOCK"}
+        assert not spec.get("hostNetwork")
+        assert not any("hostPath" in v for v in spec["volumes"])
+
+
+def test_images_are_pinned(rendered) -> None:
+    for _, _, container in containers(rendered):
+        name, _, tag = container["image"].rpartition("@" if "@" in container["image"] else ":")
+        assert name
+        assert tag
+        assert tag != "latest"
+
+
+def test_what_is_scaled_has_no_replicas(rendered) -> None:
+    scaled = {
+        o["spec"]["scaleTargetRef"]["name"]: o
+        for o in rendered.of("HorizontalPodAutoscaler", "ScaledObject")
+    }
+    for workload in rendered.workloads:
+        name = workload["metadata"]["name"]
+        assert ("replicas" in workload["spec"]) == (name not in scaled)
+    for name, o in scaled.items():
+        target = o["spec"]["scaleTargetRef"]
+        assert rendered.named(target["kind"], name)
+        for trigger in o["spec"].get("triggers", ()):
+            assert trigger["metadata"]["query"].startswith("sum("), "KEDA wants one number"
+
+
+def test_a_budget_lets_pods_move(rendered) -> None:
+    for budget in rendered.of("PodDisruptionBudget"):
+        assert budget["spec"]["maxUnavailable"] >= 1
+        assert "minAvailable" not in budget["spec"]
+
+
+def test_workers_are_reached_by_names_that_exist(rendered) -> None:
+    """A gateway's and a router's list against the StatefulSets and their services."""
+    sets = {w["metadata"]["name"]: w for w in rendered.workloads if w["kind"] == "StatefulSet"}
+    certificates = [s for s in rendered.of("Secret") if s.get("type") == "kubernetes.io/tls"]
+    for config in rendered.of("ConfigMap"):
+        for content in config.get("data", {}).values():
+            options = (
+                yaml.safe_load(content)
+                if config["metadata"]["name"]
+                in (*sets, *(w["metadata"]["name"] for w in rendered.workloads))
+                else {}
+            )
+            for key in ("worker", "pod", "router"):
+                for given in options.get(key, ()):
+                    name, _, address = given.rpartition("=")
+                    host, port = address.rsplit(":", 1)
+                    pod, service, namespace, _ = host.split(".")
+                    workload, number = pod.rsplit("-", 1)
+                    assert key == "router" or name == pod
+                    assert sets[workload]["spec"]["serviceName"] == service
+                    assert namespace == NAMESPACE
+                    service_ports = rendered.named("Service", service)["spec"]["ports"]
+                    assert int(port) in [p["port"] for p in service_ports]
+                    most = sets[workload]["spec"].get("replicas", 99)
+                    assert int(number) < most
+    assert len(certificates) <= 1
+
+
+def test_only_the_gateway_is_open(rendered) -> None:
+    policies = {}
+    for policy in rendered.of("NetworkPolicy"):
+        assert policy["spec"]["policyTypes"] == ["Ingress"]
+        policies[policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]] = (
+            policy
+        )
+    for workload in rendered.workloads:
+        component = workload["spec"]["template"]["metadata"]["labels"][
+            "app.kubernetes.io/component"
+        ]
+        rules = policies[component]["spec"]["ingress"]
+        if component != "gateway":
+            assert all(rule.get("from") for rule in rules), "from everywhere"
+        for rule in rules:
+            if any(port["port"] in ("kv-tcp", "kv-grpc") for port in rule["ports"]):
+                sources = {peer["podSelector"]["matchLabels"][COMPONENT] for peer in rule["from"]}
+                assert sources <= {"unified", "prefill", "decode"}

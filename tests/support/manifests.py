@@ -1,0 +1,88 @@
+"""Renders of the chart, and the tools that check them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm" / "quire"
+EXAMPLES = sorted((ROOT / "helm" / "examples").glob("*.yaml"))
+EVERYTHING = ROOT / "tests" / "deploy" / "everything.yaml"
+NAMESPACE = "models"
+RELEASE = "q"
+TIMEOUT_S = 60
+
+
+def tool(name: str) -> str:
+    """Path of a program; the test is skipped without it, except in CI, which installs them all."""
+    found = shutil.which(name)
+    if found is None:
+        assert "DEPLOY_TOOLS" not in os.environ, f"{name} is not installed"
+        pytest.skip(f"{name} is not installed; .ci/tools does")
+    return found
+
+
+def helm(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [tool("helm"), *args], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+@dataclass(frozen=True)
+class Render:
+    """What a set of values becomes."""
+
+    text: str
+
+    @cached_property
+    def objects(self) -> list[dict]:
+        return [each for each in yaml.safe_load_all(self.text) if each]
+
+    def of(self, *kinds: str) -> list[dict]:
+        return [each for each in self.objects if each["kind"] in kinds]
+
+    def named(self, kind: str, name: str) -> dict | None:
+        return next((o for o in self.of(kind) if o["metadata"]["name"] == name), None)
+
+    @property
+    def workloads(self) -> list[dict]:
+        """Objects with a pod template, those of Deployments and StatefulSets."""
+        return self.of("Deployment", "StatefulSet")
+
+    @property
+    def pods(self) -> list[tuple[str, dict]]:
+        """(name, pod template) of every pod there is, the test's too."""
+        templates = [(w["metadata"]["name"], w["spec"]["template"]) for w in self.workloads]
+        return templates + [(p["metadata"]["name"], p) for p in self.of("Pod")]
+
+
+_renders: dict[tuple, Render] = {}
+
+
+def render(*files: Path, sets: tuple[str, ...] = (), kube: str = "1.33.0") -> Render:
+    """Raises AssertionError with what helm says."""
+    key = (files, sets, kube)
+    if key not in _renders:
+        args = [arg for file in files for arg in ("-f", str(file))]
+        args += [arg for each in sets for arg in ("--set", each)]
+        done = helm(
+            "template", RELEASE, str(CHART), "--namespace", NAMESPACE, "--kube-version", kube, *args
+        )
+        assert done.returncode == 0, done.stderr
+        _renders[key] = Render(done.stdout)
+    return _renders[key]
+
+
+VALUE_SETS: dict[str, tuple[Path, ...]] = {
+    "default": (),
+    **{path.stem: (path,) for path in EXAMPLES},
+    "everything": (EVERYTHING,),
+}
