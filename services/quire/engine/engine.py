@@ -19,6 +19,7 @@ from quire.engine.kv.pool import BlockPool
 from quire.engine.pace import Pace
 from quire.engine.request import EngineRequest, FinishReason, RequestState, Sequence
 from quire.engine.runner.load import load_model
+from quire.engine.runner.memory import give_back
 from quire.engine.scheduler.scheduler import Scheduler, SchedulerLimits
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Engine:
             request=request,
             max_tokens=_max_tokens(request, room),
             stop_token_ids=self._stop_ids(request),
+            is_remote=request.remote is not None,
             order=(priority, time.monotonic()),
         )
         root = block_hash.root(self.model.fingerprint, salt=request.cache_salt)
@@ -109,6 +111,20 @@ class Engine:
     def reset_prefix_cache(self) -> int:
         """Forget every cached prefix; returns how many blocks were."""
         return self.pool.reset_cache()
+
+    def drop_cache(self) -> int:
+        """Forget every cached prefix and give the pool's memory back to the system, which returns,
+        zeroed, as it is written to. Returns the bytes given back.
+
+        Nothing may be held. Raises ValueError where the pool is not in host memory.
+        """
+        pool = self.model.runner.backend.host_pool()
+        if pool is None:
+            raise ValueError("only a KV cache in host memory can be dropped so far")
+        if self.pool.counts().owned:
+            raise AssertionError("blocks are held")
+        self.pool.reset_cache()
+        return give_back(pool)
 
     def _stop_ids(self, request: EngineRequest) -> frozenset[int]:
         eos = () if request.params.ignore_eos else self.model.config.eos_token_ids

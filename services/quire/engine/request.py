@@ -85,6 +85,8 @@ class RequestState:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Entry i scores prompt token i + 1; grows as the prompt is computed, kept after preemption."""
     open_choices: int = 0
+    is_remote: bool = False
+    """Another pod is to compute the prompt, and has not failed to."""
     order: tuple[int, float] = (0, 0.0)
     """Smaller is served first and preempted last: (priority if used, arrival)."""
 

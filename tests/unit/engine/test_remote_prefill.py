@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from engines import Collector, assert_nothing_held, expected_output, make_engine, make_request
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quire.engine.scheduler.scheduler import DrawnToken
@@ -195,6 +195,14 @@ workload = st.lists(
 )
 
 
+# Preempted before its first token, a prompt that was lost is not asked for again.
+PREEMPTED_AFTER_LOSS = [(0, 1, 1, 1, 0, "", 0)] * 4 + [
+    (0, 1, 1, 1, 4, "lost", 0),
+    (0, 47, 3, 3, 0, "", 0),
+]
+
+
+@example(workload=PREEMPTED_AFTER_LOSS, blocks=8, window=1)
 @settings(max_examples=120, deadline=None)
 @given(workload=workload, blocks=st.integers(8, 24), window=st.integers(1, 4))
 def test_any_mix_of_losses_and_aborts_gives_the_same_tokens(workload, blocks, window) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quire.engine.request import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    import numpy as np
 
 GIB = 1 << 30
 
@@ -39,6 +45,24 @@ def num_blocks(budget: KvBudget, block_bytes: int, max_model_len: int) -> int:
         f"({budget.source}): use --max-model-len {max(blocks * BLOCK_SIZE, 0)} or less, or give "
         f"--kv-cache-memory-bytes {needed * block_bytes} or more"
     )
+
+
+def give_back(array: np.ndarray) -> int:
+    """Let the system have the pages of an array that nobody uses; they come back zeroed when they
+    are touched. Returns by how many bytes the process got smaller. Raises OSError."""
+    page = mmap.PAGESIZE
+    start = -(-array.ctypes.data // page) * page
+    end = (array.ctypes.data + array.nbytes) // page * page
+    before = _resident_bytes()
+    if end > start:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), "madvise")
+    return max(before - _resident_bytes(), 0)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
 
 
 def available_host_bytes() -> int:

@@ -107,6 +107,7 @@ class RemotePrefills:
         if request_id not in self._waiting:
             return
         seq, _ = self._waiting.pop(request_id)
+        seq.state.is_remote = False  # preempted, it does not ask again
         keep = seq.num_computed // BLOCK_SIZE
         unverified = seq.block_table[keep:]
         self._running.pool.release(unverified)

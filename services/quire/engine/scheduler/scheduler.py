@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from quire.engine.output import Admission, ChoiceOutput
 from quire.engine.request import BLOCK_SIZE, FinishReason, RequestState, Sequence
 from quire.engine.scheduler.batch import Chunk, ScheduledStep, Seats, prompt_logprob_positions
+from quire.engine.scheduler.handover import Handover
 from quire.engine.scheduler.logprobs import add_logprobs, take_prompt_logprobs
 from quire.engine.scheduler.queue import WaitingQueue
 from quire.engine.scheduler.remote import BlocksReady, Exports, PrefillNeeded, RemotePrefills
@@ -84,6 +85,7 @@ class Scheduler:
         self.running = Running(pool, seats)
         self.remote = RemotePrefills(self.running)
         self.exports = Exports(pool)
+        self.handover = Handover(pool, limits.watermark_blocks)
         self.counters = SchedulerCounters()
         self.prefill_needed: list[PrefillNeeded] = []
         """Admitted since last looked at: prompts that wait for another pod."""
@@ -124,6 +126,11 @@ class Scheduler:
         if outputs and request_id not in self._requests:
             outputs[-1].last_of_request = True
         return outputs
+
+    def park(self, request_id: str, key: str) -> None:
+        """Hold the full blocks of a request that is about to end here, for where it goes on."""
+        for seq in self._requests.get(request_id, ()):
+            self.handover.park(key, seq.block_table[: seq.num_registered])
 
     def has_request(self, request_id: str) -> bool:
         """The request is waiting or running."""
@@ -275,7 +282,7 @@ class Scheduler:
             self.counters.prompt_tokens += seq.num_prompt
         self._count_cached(seq, seq.num_computed)
         remote = state.request.remote
-        if remote is not None and seq.num_output == 0:
+        if remote is not None and state.is_remote and seq.num_output == 0:
             self.prefill_needed.append(self.remote.open(seq, remote))
         else:
             self.running.sequences.append(seq)
