@@ -38,9 +38,10 @@ def run(argv: Sequence[str]) -> int:
     transfer = _transfer(resolved)
 
     async def serve() -> int:
-        from quire.worker.disaggregation import Role, TransferOptions
+        from quire.worker.disaggregation import TransferOptions
         from quire.worker.server import WorkerOptions
         from quire.worker.server import serve as serve_worker
+        from quire.worker.standing import Role
 
         name = worker.worker_name or socket.gethostname()
         return await serve_worker(

@@ -29,7 +29,7 @@ class EngineConfig:
     block_size: int = option(16, "cache")
     """Tokens in a KV block. Fixed at 16; accepted for compatibility."""
     kv_cache_memory_bytes: int | None = option(None, "cache", aliases=("kv_cache_memory",))
-    """Bytes for the KV cache (suffixes K, M, G). Otherwise sized by a profiling run."""
+    """Bytes for the KV cache of each rank (suffixes K, M, G). Otherwise sized by a profiling run."""
     memory_utilization: float | None = option(None, "cache", aliases=("gpu_memory_utilization",))
     """Share of the device's memory the engine may use, when kv_cache_memory_bytes is not given:
     0.9 by default on a GPU, on a CPU 0.5 of what is available after loading."""
@@ -48,26 +48,26 @@ class EngineConfig:
     watermark: float = option(0.01, "cache")
     """Share of KV blocks kept free when admitting, so that running requests are not preempted."""
     tensor_parallel_size: int = option(1, "execution", aliases=("-tp",))
-    """Devices that share the model; only 1 works so far."""
+    """Devices that share the model: one process each, and a part of every large weight. Must divide
+    the attention heads."""
     seed: int = option(0, "model")
     """Seed of dummy weights. Requests without a seed draw their own."""
     num_threads: int | None = option(None, "execution")
-    """CPU threads of the engine; the CPUs this process may use by default."""
+    """CPU threads of the engine, over all its ranks; the CPUs this process may use by default."""
     enforce_eager: bool = option(False, "execution")
     """Run operations one by one instead of replaying a recorded step (debugging)."""
     stall_timeout_s: float = option(60.0, "execution")
     """Seconds without a finished step, work pending, after which the engine counts as failed."""
+    drain_timeout_s: float = option(25.0, "execution")
+    """Seconds that a worker which was told to end, by SIGTERM or a drain, waits for its requests to go
+    elsewhere or to finish."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.tensor_parallel_size != 1:
-            raise ValueError(
-                f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet: "
-                "one process runs the whole model, so only 1 works"
-            )
         if self.block_size != 16:
             raise ValueError(f"block_size is fixed at 16, not {self.block_size}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+        positive = ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens")
+        for name in (*positive, "max_num_queued_reqs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:

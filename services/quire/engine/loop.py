@@ -111,6 +111,11 @@ class EngineLoop:
         """End a request, or one choice of it, with reason "abort". Any thread."""
         self._inbox.put(lambda: self._deliver(self.engine.abort(request_id, choice), 0, 0.0))
 
+    def move(self, request_id: str, key: str) -> None:
+        """End a request that goes on at another pod; its full blocks are parked. Any thread."""
+        self._inbox.put(lambda: self.engine.scheduler.park(request_id, key))
+        self.abort(request_id)
+
     def complete_remote(self, request_id: str, drawn: list[DrawnToken]) -> None:
         """A prompt that was computed elsewhere is in place, with its first tokens. Any thread."""
         scheduler = self.engine.scheduler

@@ -155,8 +155,9 @@ class WorkerClient:
         """Take every request away from the worker, and tell their receivers why."""
         released, self._pending = self._pending, {}
         for number in released:
-            abort = worker_pb2.SessionRequest(abort=worker_pb2.Abort(request=number))
-            self._outbox.put_nowait(abort)  # in vain when the connection is gone
+            abort = worker_pb2.Abort(request=number, moved=loss is Loss.DRAINING)
+            # in vain when the connection is gone
+            self._outbox.put_nowait(worker_pb2.SessionRequest(abort=abort))
         for pending in released.values():
             pending.receiver.lose(loss)
 

@@ -63,6 +63,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """session-scoped number chosen by the gateway, never reused"""
     request_id: _builtins.str
@@ -89,6 +90,12 @@ class Submit(_message.Message):
         are not listed have ended.
         """
 
+    @_builtins.property
+    def source(self) -> Global___WorkerRef:
+        """The worker that this request leaves: the blocks of its tokens are fetched from there, as far as
+        they are cached; what does not come is computed here.
+        """
+
     def __init__(
         self,
         *,
@@ -102,16 +109,43 @@ class Submit(_message.Message):
         cache_salt: _builtins.bytes = ...,
         prefill: Global___PrefillHint | None = ...,
         resumed: _abc.Iterable[Global___Resumed] | None = ...,
+        source: Global___WorkerRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "prefill", b"prefill", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "prefill", b"prefill", "sampling", b"sampling", "source", b"source", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "attempt", b"attempt", "cache_salt", b"cache_salt", "prefill", b"prefill", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request", b"request", "request_id", b"request_id", "resumed", b"resumed", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "attempt", b"attempt", "cache_salt", b"cache_salt", "prefill", b"prefill", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request", b"request", "request_id", b"request_id", "resumed", b"resumed", "sampling", b"sampling", "source", b"source", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout_ms: _TypeAlias = _typing.Literal["timeout_ms"]  # noqa: Y015
     _WhichOneofArgType__timeout_ms: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_ms) -> _WhichOneofReturnType__timeout_ms | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class WorkerRef(_message.Message):
+    """Another worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """stable name of the pod"""
+    address: _builtins.str
+    """of its Worker service"""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerRef: _TypeAlias = WorkerRef  # noqa: Y015
 
 @_typing.final
 class PrefillHint(_message.Message):
@@ -170,18 +204,22 @@ class Abort(_message.Message):
 
     REQUEST_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     choice: _builtins.int
     """only this choice; absent: the request"""
+    moved: _builtins.bool
+    """the request goes on at another worker, which may soon Fetch"""
     def __init__(
         self,
         *,
         request: _builtins.int = ...,
         choice: _builtins.int | None = ...,
+        moved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "choice", b"choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "choice", b"choice", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "choice", b"choice", "moved", b"moved", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__choice: _TypeAlias = _typing.Literal["choice"]  # noqa: Y015
     _WhichOneofArgType__choice: _TypeAlias = _typing.Literal["_choice", b"_choice"]  # noqa: Y015
@@ -311,26 +349,123 @@ class Admission(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
+    INBOX_S_FIELD_NUMBER: _builtins.int
+    HANDOUT_S_FIELD_NUMBER: _builtins.int
+    REMOTE_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """prompt tokens found in the prefix cache"""
     queue_s: _builtins.float
-    """received -> first scheduled"""
+    """in the engine's queue -> first scheduled"""
     prefill_s: _builtins.float
     """first scheduled -> first token"""
+    inbox_s: _builtins.float
+    """Submit read -> in the engine's queue, behind a step"""
+    handout_s: _builtins.float
+    """first token -> written to the session"""
+    @_builtins.property
+    def remote(self) -> Global___RemotePrefill:
+        """when another worker was asked for the prompt"""
+
     def __init__(
         self,
         *,
         cached_tokens: _builtins.int = ...,
         queue_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
+        inbox_s: _builtins.float = ...,
+        handout_s: _builtins.float = ...,
+        remote: Global___RemotePrefill | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["remote", b"remote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "handout_s", b"handout_s", "inbox_s", b"inbox_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "remote", b"remote"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Admission: _TypeAlias = Admission  # noqa: Y015
+
+@_typing.final
+class RemotePrefill(_message.Message):
+    """What `prefill_s` was spent on, in this order. Durations, each by the clock of one worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    ASK_S_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    TRANSFER_S_FIELD_NUMBER: _builtins.int
+    COMMIT_S_FIELD_NUMBER: _builtins.int
+    RESUME_S_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    ARRIVALS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """that was asked"""
+    failed: _builtins.bool
+    """the prompt, or the rest of it, was computed here"""
+    ask_s: _builtins.float
+    """admitted here -> accepted there, or until it had failed"""
+    queue_s: _builtins.float
+    """there: received -> first scheduled"""
+    prefill_s: _builtins.float
+    """there: first scheduled -> first token"""
+    transfer_s: _builtins.float
+    """what of the transfer came after that, until the last block"""
+    commit_s: _builtins.float
+    """last block -> commit"""
+    resume_s: _builtins.float
+    """commit or failure -> first token here"""
+    cached_tokens: _builtins.int
+    """prompt tokens that the other worker found in its cache"""
+    @_builtins.property
+    def arrivals(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockArrival]:
+        """blocks as they came, beside all this"""
+
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        failed: _builtins.bool = ...,
+        ask_s: _builtins.float = ...,
+        queue_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+        transfer_s: _builtins.float = ...,
+        commit_s: _builtins.float = ...,
+        resume_s: _builtins.float = ...,
+        cached_tokens: _builtins.int = ...,
+        arrivals: _abc.Iterable[Global___BlockArrival] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrivals", b"arrivals", "ask_s", b"ask_s", "cached_tokens", b"cached_tokens", "commit_s", b"commit_s", "failed", b"failed", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "resume_s", b"resume_s", "transfer_s", b"transfer_s", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemotePrefill: _TypeAlias = RemotePrefill  # noqa: Y015
+
+@_typing.final
+class BlockArrival(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_S_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    after_s: _builtins.float
+    """since the prompt was admitted"""
+    blocks: _builtins.int
+    def __init__(
+        self,
+        *,
+        after_s: _builtins.float = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_s", b"after_s", "blocks", b"blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockArrival: _TypeAlias = BlockArrival  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):
@@ -584,6 +719,64 @@ class DrawnToken(_message.Message):
 Global___DrawnToken: _TypeAlias = DrawnToken  # noqa: Y015
 
 @_typing.final
+class FetchRequest(_message.Message):
+    """---- Fetch: the worker that a request goes to -> the worker that it leaves"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """for logs and traces, and to let go of what was kept for it"""
+    block_hashes: _builtins.bytes
+    """16 bytes each"""
+    @_builtins.property
+    def transfer(self) -> _transfer_pb2.KvTransferRef: ...
+    @_builtins.property
+    def peer(self) -> _transfer_pb2.KvPeer:
+        """who receives"""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        block_hashes: _builtins.bytes = ...,
+        transfer: _transfer_pb2.KvTransferRef | None = ...,
+        peer: _transfer_pb2.KvPeer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "transfer", b"transfer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "peer", b"peer", "request_id", b"request_id", "transfer", b"transfer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
+
+@_typing.final
+class FetchReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOUND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def found(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Places in block_hashes of the blocks that are sent, as blocks 0, 1, ... of the transfer."""
+
+    def __init__(
+        self,
+        *,
+        found: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchReply: _TypeAlias = FetchReply  # noqa: Y015
+
+@_typing.final
 class WatchRequest(_message.Message):
     """---- Watch"""
 
@@ -777,6 +970,7 @@ class Load(_message.Message):
     DECODE_WEIGHT_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     TRANSFER_RATES_FIELD_NUMBER: _builtins.int
+    SLEEPING_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """steps executed so far"""
     running: _builtins.int
@@ -805,7 +999,9 @@ class Load(_message.Message):
     """
     decode_weight: _builtins.float
     draining: _builtins.bool
-    """takes no new requests"""
+    """takes no new requests: those it has should go elsewhere"""
+    sleeping: _builtins.bool
+    """draining, until it is woken"""
     @_builtins.property
     def transfer_rates(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferRate]: ...
     def __init__(
@@ -827,10 +1023,11 @@ class Load(_message.Message):
         decode_weight: _builtins.float | None = ...,
         draining: _builtins.bool = ...,
         transfer_rates: _abc.Iterable[Global___TransferRate] | None = ...,
+        sleeping: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_weight", b"_decode_weight", "_prefill_weight", b"_prefill_weight", "decode_weight", b"decode_weight", "prefill_weight", b"prefill_weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_weight", b"_decode_weight", "_prefill_weight", b"_prefill_weight", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_owned", b"blocks_owned", "decode_weight", b"decode_weight", "draining", b"draining", "itl_s", b"itl_s", "itl_slope_s", b"itl_slope_s", "prefill_tokens", b"prefill_tokens", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefill_weight", b"prefill_weight", "queued_tokens", b"queued_tokens", "running", b"running", "step", b"step", "step_age_s", b"step_age_s", "transfer_rates", b"transfer_rates", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_weight", b"_decode_weight", "_prefill_weight", b"_prefill_weight", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_owned", b"blocks_owned", "decode_weight", b"decode_weight", "draining", b"draining", "itl_s", b"itl_s", "itl_slope_s", b"itl_slope_s", "prefill_tokens", b"prefill_tokens", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefill_weight", b"prefill_weight", "queued_tokens", b"queued_tokens", "running", b"running", "sleeping", b"sleeping", "step", b"step", "step_age_s", b"step_age_s", "transfer_rates", b"transfer_rates", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode_weight: _TypeAlias = _typing.Literal["decode_weight"]  # noqa: Y015
     _WhichOneofArgType__decode_weight: _TypeAlias = _typing.Literal["_decode_weight", b"_decode_weight"]  # noqa: Y015
@@ -991,24 +1188,40 @@ class ControlRequest(_message.Message):
     RESET_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     COLLECT_METRICS_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    SET_ROLE_FIELD_NUMBER: _builtins.int
+    SLEEP_FIELD_NUMBER: _builtins.int
+    WAKE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def reset_prefix_cache(self) -> Global___ResetPrefixCache: ...
     @_builtins.property
     def collect_metrics(self) -> Global___CollectMetrics: ...
     @_builtins.property
     def health(self) -> Global___Health: ...
+    @_builtins.property
+    def drain(self) -> Global___Drain: ...
+    @_builtins.property
+    def set_role(self) -> Global___SetRole: ...
+    @_builtins.property
+    def sleep(self) -> Global___Sleep: ...
+    @_builtins.property
+    def wake(self) -> Global___Wake: ...
     def __init__(
         self,
         *,
         reset_prefix_cache: Global___ResetPrefixCache | None = ...,
         collect_metrics: Global___CollectMetrics | None = ...,
         health: Global___Health | None = ...,
+        drain: Global___Drain | None = ...,
+        set_role: Global___SetRole | None = ...,
+        sleep: Global___Sleep | None = ...,
+        wake: Global___Wake | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["collect_metrics", b"collect_metrics", "command", b"command", "health", b"health", "reset_prefix_cache", b"reset_prefix_cache"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["collect_metrics", b"collect_metrics", "command", b"command", "drain", b"drain", "health", b"health", "reset_prefix_cache", b"reset_prefix_cache", "set_role", b"set_role", "sleep", b"sleep", "wake", b"wake"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collect_metrics", b"collect_metrics", "command", b"command", "health", b"health", "reset_prefix_cache", b"reset_prefix_cache"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collect_metrics", b"collect_metrics", "command", b"command", "drain", b"drain", "health", b"health", "reset_prefix_cache", b"reset_prefix_cache", "set_role", b"set_role", "sleep", b"sleep", "wake", b"wake"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["reset_prefix_cache", "collect_metrics", "health"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["reset_prefix_cache", "collect_metrics", "health", "drain", "set_role", "sleep", "wake"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -1060,27 +1273,219 @@ class Health(_message.Message):
 Global___Health: _TypeAlias = Health  # noqa: Y015
 
 @_typing.final
+class Drain(_message.Message):
+    """Take no new requests, let those that are here go elsewhere or finish, then end the process with
+    exit code 0. Answered at once.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    timeout_ms: _builtins.int
+    """end then even so; absent: the worker's own setting"""
+    def __init__(
+        self,
+        *,
+        timeout_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__timeout_ms: _TypeAlias = _typing.Literal["timeout_ms"]  # noqa: Y015
+    _WhichOneofArgType__timeout_ms: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_ms) -> _WhichOneofReturnType__timeout_ms | None: ...
+
+Global___Drain: _TypeAlias = Drain  # noqa: Y015
+
+@_typing.final
+class SetRole(_message.Message):
+    """New routing weights, see Load. In effect with the next Load, which is sent at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_WEIGHT_FIELD_NUMBER: _builtins.int
+    DECODE_WEIGHT_FIELD_NUMBER: _builtins.int
+    prefill_weight: _builtins.float
+    """0 to 1"""
+    decode_weight: _builtins.float
+    def __init__(
+        self,
+        *,
+        prefill_weight: _builtins.float = ...,
+        decode_weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_weight", b"decode_weight", "prefill_weight", b"prefill_weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRole: _TypeAlias = SetRole  # noqa: Y015
+
+@_typing.final
+class Sleep(_message.Message):
+    """Take no new requests, wait until those that are here have gone or finished, then give the memory
+    of the KV cache back to the system. Answered when that is done, or not ok when it takes too long.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEVEL_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    level: _builtins.int
+    """1: drop the KV cache, keep the weights"""
+    timeout_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        level: _builtins.int = ...,
+        timeout_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms", "level", b"level", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__timeout_ms: _TypeAlias = _typing.Literal["timeout_ms"]  # noqa: Y015
+    _WhichOneofArgType__timeout_ms: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_ms) -> _WhichOneofReturnType__timeout_ms | None: ...
+
+Global___Sleep: _TypeAlias = Sleep  # noqa: Y015
+
+@_typing.final
+class Wake(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wake: _TypeAlias = Wake  # noqa: Y015
+
+@_typing.final
 class ControlReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OK_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
     ok: _builtins.bool
     message: _builtins.str
     metrics: _builtins.str
     """Prometheus text exposition, for CollectMetrics"""
+    freed_bytes: _builtins.int
+    """for Sleep"""
+    @_builtins.property
+    def health(self) -> Global___HealthReport:
+        """for Health"""
+
     def __init__(
         self,
         *,
         ok: _builtins.bool = ...,
         message: _builtins.str = ...,
         metrics: _builtins.str = ...,
+        health: Global___HealthReport | None = ...,
+        freed_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "metrics", b"metrics", "ok", b"ok"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "health", b"health", "message", b"message", "metrics", b"metrics", "ok", b"ok"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ControlReply: _TypeAlias = ControlReply  # noqa: Y015
+
+@_typing.final
+class HealthReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Peer(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ADDRESS_FIELD_NUMBER: _builtins.int
+        STATE_FIELD_NUMBER: _builtins.int
+        address: _builtins.str
+        state: _builtins.str
+        """of the connection: ready, connecting, failing, idle"""
+        def __init__(
+            self,
+            *,
+            address: _builtins.str = ...,
+            state: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "state", b"state"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LIVE_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    STEP_AGE_S_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    BLOCKS_OWNED_FIELD_NUMBER: _builtins.int
+    PREFILL_WEIGHT_FIELD_NUMBER: _builtins.int
+    DECODE_WEIGHT_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    SLEEPING_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
+    PROMPTS_FOR_OTHERS_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    live: _builtins.bool
+    """false: only a restart helps"""
+    ready: _builtins.bool
+    """takes requests"""
+    step_age_s: _builtins.float
+    """as in Load"""
+    steps: _builtins.int
+    running: _builtins.int
+    waiting: _builtins.int
+    blocks_owned: _builtins.int
+    prefill_weight: _builtins.float
+    decode_weight: _builtins.float
+    draining: _builtins.bool
+    sleeping: _builtins.bool
+    gateways: _builtins.int
+    """open sessions"""
+    prompts_for_others: _builtins.int
+    """Prefill and Fetch jobs in progress"""
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___HealthReport.Peer]:
+        """workers that this one has asked for blocks"""
+
+    def __init__(
+        self,
+        *,
+        live: _builtins.bool = ...,
+        ready: _builtins.bool = ...,
+        step_age_s: _builtins.float = ...,
+        steps: _builtins.int = ...,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        blocks_owned: _builtins.int = ...,
+        prefill_weight: _builtins.float = ...,
+        decode_weight: _builtins.float = ...,
+        draining: _builtins.bool = ...,
+        sleeping: _builtins.bool = ...,
+        gateways: _builtins.int = ...,
+        prompts_for_others: _builtins.int = ...,
+        peers: _abc.Iterable[Global___HealthReport.Peer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_owned", b"blocks_owned", "decode_weight", b"decode_weight", "draining", b"draining", "gateways", b"gateways", "live", b"live", "peers", b"peers", "prefill_weight", b"prefill_weight", "prompts_for_others", b"prompts_for_others", "ready", b"ready", "running", b"running", "sleeping", b"sleeping", "step_age_s", b"step_age_s", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HealthReport: _TypeAlias = HealthReport  # noqa: Y015

@@ -44,6 +44,11 @@ class WorkerStub:
                 request_serializer=quire_dot_proto_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=quire_dot_proto_dot_worker__pb2.PrefillReply.FromString,
                 _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/quire.v1.Worker/Fetch',
+                request_serializer=quire_dot_proto_dot_worker__pb2.FetchRequest.SerializeToString,
+                response_deserializer=quire_dot_proto_dot_worker__pb2.FetchReply.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/quire.v1.Worker/Watch',
                 request_serializer=quire_dot_proto_dot_worker__pb2.WatchRequest.SerializeToString,
@@ -77,6 +82,15 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fetch(self, request, context):
+        """Another worker asks for cached blocks by their hashes: nothing is computed for it. They travel by
+        the transfer that the request names; this stream says which are sent, stays open while they are,
+        and is cancelled to end it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """State of the worker: start-up phases, then the model, then load and numbered cache events.
         """
@@ -103,6 +117,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=quire_dot_proto_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=quire_dot_proto_dot_worker__pb2.PrefillReply.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=quire_dot_proto_dot_worker__pb2.FetchRequest.FromString,
+                    response_serializer=quire_dot_proto_dot_worker__pb2.FetchReply.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -169,6 +188,33 @@ class Worker:
             '/quire.v1.Worker/Prefill',
             quire_dot_proto_dot_worker__pb2.PrefillRequest.SerializeToString,
             quire_dot_proto_dot_worker__pb2.PrefillReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/quire.v1.Worker/Fetch',
+            quire_dot_proto_dot_worker__pb2.FetchRequest.SerializeToString,
+            quire_dot_proto_dot_worker__pb2.FetchReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,11 @@ class WorkerStub:
     of them the first tokens, travel by the transfer that the request names; this stream says how
     the job stands and is cancelled to end it.
     """
+    Fetch: _grpc.UnaryStreamMultiCallable[_worker_pb2.FetchRequest, _worker_pb2.FetchReply]
+    """Another worker asks for cached blocks by their hashes: nothing is computed for it. They travel by
+    the transfer that the request names; this stream says which are sent, stays open while they are,
+    and is cancelled to end it.
+    """
     Watch: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchRequest, _worker_pb2.WorkerUpdate]
     """State of the worker: start-up phases, then the model, then load and numbered cache events."""
     Control: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ControlRequest, _worker_pb2.ControlReply]
@@ -58,6 +63,11 @@ class WorkerAsyncStub(WorkerStub):
     """Another worker asks for a prompt's KV blocks and its first tokens. The blocks, and with the last
     of them the first tokens, travel by the transfer that the request names; this stream says how
     the job stands and is cancelled to end it.
+    """
+    Fetch: _aio.UnaryStreamMultiCallable[_worker_pb2.FetchRequest, _worker_pb2.FetchReply]  # type: ignore[assignment]
+    """Another worker asks for cached blocks by their hashes: nothing is computed for it. They travel by
+    the transfer that the request names; this stream says which are sent, stays open while they are,
+    and is cancelled to end it.
     """
     Watch: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchRequest, _worker_pb2.WorkerUpdate]  # type: ignore[assignment]
     """State of the worker: start-up phases, then the model, then load and numbered cache events."""
@@ -85,6 +95,17 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         """Another worker asks for a prompt's KV blocks and its first tokens. The blocks, and with the last
         of them the first tokens, travel by the transfer that the request names; this stream says how
         the job stands and is cancelled to end it.
+        """
+
+    @_abc_1.abstractmethod
+    def Fetch(
+        self,
+        request: _worker_pb2.FetchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.FetchReply], _abc.AsyncIterator[_worker_pb2.FetchReply]]:
+        """Another worker asks for cached blocks by their hashes: nothing is computed for it. They travel by
+        the transfer that the request names; this stream says which are sent, stays open while they are,
+        and is cancelled to end it.
         """
 
     @_abc_1.abstractmethod

@@ -130,6 +130,15 @@ PREEMPTIONS = CounterDeclaration(
     help="Running requests sent back to the queue for want of KV blocks.",
     aliases=("vllm:num_preemptions",),
 )  # fmt: skip
+MIGRATED_SEQUENCES = CounterDeclaration(
+    name="quire_migrated_sequences", unit="sequences", component="engine",
+    help="Sequences taken over from a draining worker: with blocks of it, or computed again.",
+    labels=("how",), values=(("kv", "recompute"),),
+)  # fmt: skip
+MIGRATED_BLOCKS = CounterDeclaration(
+    name="quire_migrated_blocks", unit="blocks", component="engine",
+    help="KV blocks that came with such sequences.",
+)  # fmt: skip
 
 # ---- Engine: tokens
 
@@ -299,6 +308,20 @@ GATEWAY_RESUBMISSIONS = CounterDeclaration(
         "lost", "silent", "hung", "draining", "not_ready", "overloaded", "internal", "gap",
         "aborted",
     ),),
+)  # fmt: skip
+GATEWAY_PLACEMENTS = CounterDeclaration(
+    name="quire_gateway_placements", unit="requests", component="gateway",
+    help="Requests sent to a worker, by what chose it: a router, or the least load when none did.",
+    labels=("by",), values=(("router", "least_load"),),
+)  # fmt: skip
+GATEWAY_ROUTE_FAILURES = CounterDeclaration(
+    name="quire_gateway_route_failures", unit="questions", component="gateway",
+    help="Questions to a router that brought no usable decision.",
+    labels=("reason",), values=(("timeout", "unreachable", "no_pod", "unknown_pod"),),
+)  # fmt: skip
+GATEWAY_ROUTE_DURATION = HistogramDeclaration(
+    name="quire_gateway_route_seconds", unit="seconds", component="gateway",
+    help="Hashing a prompt and asking routers for it.", buckets=TOKENIZE_BUCKETS,
 )  # fmt: skip
 WORKER_UP = GaugeDeclaration(
     name="quire_gateway_worker_up", component="gateway",

@@ -34,8 +34,9 @@ def main() -> int:
         print(f"quire: error: bad worker options: {error}", file=sys.stderr)
         return 2
     from quire.telemetry.logging import configure
-    from quire.worker.disaggregation import Role, TransferOptions
+    from quire.worker.disaggregation import TransferOptions
     from quire.worker.server import WorkerOptions, serve
+    from quire.worker.standing import Role
 
     role = Role(raw.get("role", "both"))
     transfer = None if kv is None else TransferOptions(raw.get("worker", listen), kv, role)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from quire.api.sampling import SamplingParams
 from quire.engine.output import TokenLogprob
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quire.engine.loop import EngineState
     from quire.engine.output import ChoiceOutput
     from quire.engine.runner.load import Startup
+    from quire.worker.standing import Standing
 
 _FINISH = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
@@ -215,6 +216,27 @@ def load_to(state: EngineState, step_age_s: float) -> worker_pb2.Load:
         itl_s=state.rates.itl_s,
         itl_slope_s=state.rates.itl_slope_s,
     )
+
+
+T = TypeVar("T", worker_pb2.Load, worker_pb2.HealthReport)
+
+
+def with_standing(message: T, standing: Standing) -> T:
+    """The message, with what the worker is there for at the moment."""
+    message.prefill_weight = standing.weights.prefill
+    message.decode_weight = standing.weights.decode
+    message.sleeping = standing.is_sleeping
+    message.draining = standing.is_draining
+    if isinstance(message, worker_pb2.Load):  # there it says: send no requests, whatever the reason
+        message.draining = standing.refusal() is not None
+    return message
+
+
+def describe_engine(report: worker_pb2.HealthReport, state: EngineState, step_age_s: float) -> None:
+    """Fill in how the engine is."""
+    report.step_age_s, report.steps = step_age_s, state.steps
+    report.running, report.waiting = state.running, state.waiting
+    report.blocks_owned = state.blocks_owned
 
 
 def cache_digest_to(digest: CacheDigest, incarnation: int) -> worker_pb2.CacheDigest:

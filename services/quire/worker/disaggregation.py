@@ -1,10 +1,9 @@
-"""What a worker needs to exchange prompts with others: an endpoint for KV blocks, both roles."""
+"""What a worker needs to exchange blocks with others: an endpoint, and what goes over it."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from quire.cluster.rpc import Cluster
@@ -13,7 +12,11 @@ from quire.transfer.layout import BlockLayout, Shard
 from quire.transfer.memory import PoolMemory
 from quire.transfer.negotiate import Identity
 from quire.worker.roles.decode import DecodeRole
+from quire.worker.roles.fetch import FetchRole
+from quire.worker.roles.peers import Peers
 from quire.worker.roles.prefill import PREFIX, PrefillRole
+from quire.worker.roles.source import SourceRole
+from quire.worker.standing import Role
 
 if TYPE_CHECKING:
     from quire.config.transfer import TransferConfig
@@ -22,24 +25,7 @@ if TYPE_CHECKING:
     from quire.engine.scheduler.remote import BlocksReady, PrefillNeeded
     from quire.proto import worker_pb2
     from quire.transfer.state import Event
-
-
-class Role(StrEnum):
-    """What a worker is for. A routing weight and no more: every worker can do everything."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    BOTH = "both"
-
-    @property
-    def prefill_weight(self) -> float:
-        """Share of prefill work it should get while others can do it."""
-        return 0.0 if self is Role.DECODE else 1.0
-
-    @property
-    def decode_weight(self) -> float:
-        """Share of decode work it should get while others can do it."""
-        return 0.0 if self is Role.PREFILL else 1.0
+    from quire.worker.metrics import EngineMetrics
 
 
 @dataclass(frozen=True)
@@ -57,20 +43,34 @@ def is_export(engine_id: str) -> bool:
     return engine_id.startswith(PREFIX)
 
 
-class Disaggregation:
-    """Both roles of a worker over one endpoint. Lives on the event loop."""
+@dataclass(frozen=True)
+class Surroundings:
+    """What blocks are exchanged for."""
 
-    def __init__(
-        self, endpoint: Endpoint, decode: DecodeRole, prefill: PrefillRole, role: Role
-    ) -> None:
-        self.role = role
-        self._endpoint = endpoint
-        self._decode = decode
-        self.prefill = prefill
+    loop: EngineLoop
+    incarnation: int
+    metrics: EngineMetrics
+
+
+@dataclass
+class Disaggregation:
+    """Everything that goes over one endpoint. Lives on the event loop."""
+
+    endpoint: Endpoint
+    peers: Peers
+    decode: DecodeRole
+    """Prompts that others compute."""
+    prefill: PrefillRole
+    """Prompts computed for others."""
+    fetch: FetchRole
+    """Requests that others had."""
+    source: SourceRole
+    """Blocks of requests that others have now."""
 
     @classmethod
-    def start(cls, loop: EngineLoop, options: TransferOptions, incarnation: int) -> Disaggregation:
+    def start(cls, options: TransferOptions, around: Surroundings) -> Disaggregation:
         """Listen for KV blocks. Raises OSError, or ValueError without a pool in host memory."""
+        loop = around.loop
         model = loop.engine.model
         backend = model.runner.backend
         pool = backend.host_pool()
@@ -80,29 +80,37 @@ class Disaggregation:
             layout=BlockLayout.of(backend.layout, model=model.fingerprint.hex()),
             shard=Shard(0, 1),
             worker=options.worker,
-            incarnation=incarnation,
+            incarnation=around.incarnation,
             heartbeat_s=options.config.kv_heartbeat_s,
             token=options.config.cluster_token or "",
         )
         events = _Events(asyncio.get_running_loop())
         memory = PoolMemory(pool, backend.layout.block_bytes)
         endpoint = Endpoint(options.config, identity, memory, events)
-        peer = endpoint.start()
-        decode = DecodeRole(loop, endpoint, peer, Cluster(options.config))
+        me = endpoint.start()
+        peers = Peers(Cluster(options.config))
+        decode = DecodeRole(loop, endpoint, me, peers)
         prefill = PrefillRole(loop, endpoint)
-        events.roles = (decode, prefill)
-        return cls(endpoint, decode, prefill, options.role)
+        fetch = FetchRole(loop, endpoint, me, peers, around.metrics)
+        source = SourceRole(loop, endpoint)
+        events.roles = (decode, prefill, fetch, source)
+        return cls(endpoint, peers, decode, prefill, fetch, source)
+
+    @property
+    def num_jobs(self) -> int:
+        """What is being done for other workers."""
+        return len(self.prefill) + len(self.source)
 
     def with_remote_prompt(
         self, request: EngineRequest, submit: worker_pb2.Submit
     ) -> EngineRequest:
         """The request as the engine gets it: its prompt from elsewhere, if that was asked for."""
-        return replace(request, remote=self._decode.prompt(request.request_id, submit))
+        return replace(request, remote=self.decode.prompt(request.request_id, submit))
 
     def prefill_needed(self, needed: list[PrefillNeeded]) -> None:
         """Prompts were admitted and wait."""
         for entry in needed:
-            self._decode.on_prefill_needed(entry)
+            self.decode.on_prefill_needed(entry)
 
     def blocks_ready(self, ready: list[BlocksReady]) -> None:
         """Blocks for other workers are computed."""
@@ -111,8 +119,10 @@ class Disaggregation:
 
     async def close(self) -> None:
         """End every transfer and connection."""
-        await self._decode.close()
-        await asyncio.to_thread(self._endpoint.close)
+        self.decode.close()
+        await self.fetch.close()
+        await self.peers.close()
+        await asyncio.to_thread(self.endpoint.close)
 
 
 class _Events:
@@ -120,13 +130,12 @@ class _Events:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self.roles: tuple[DecodeRole, PrefillRole] | None = None
+        self.roles: tuple[DecodeRole | PrefillRole | FetchRole | SourceRole, ...] = ()
 
     def __call__(self, event: Event) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._hand_on, event)
 
     def _hand_on(self, event: Event) -> None:
-        if self.roles is not None:
-            for role in self.roles:
-                role.on_event(event)
+        for role in self.roles:
+            role.on_event(event)

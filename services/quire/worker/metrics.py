@@ -63,6 +63,12 @@ class EngineMetrics:
             if live is not None:
                 self._observe(live, output, now)
 
+    def moved_here(self, request: EngineRequest, num_blocks: int) -> None:
+        """A request came from another worker, with this many blocks of its own."""
+        how = "kv" if num_blocks else "recompute"
+        self._get(m.MIGRATED_SEQUENCES, how).inc(max(len(request.resumed), 1))
+        self._get(m.MIGRATED_BLOCKS).inc(num_blocks)
+
     def state(self, state: EngineState, step_age_s: float) -> None:
         """Gauges, set when scraped."""
         get = self._get

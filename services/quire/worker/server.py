@@ -14,11 +14,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from grpc_health.v1 import health_pb2_grpc
+
 from quire.cluster.rpc import PLAIN, Cluster
 from quire.engine.engine import Engine
 from quire.proto import worker_pb2_grpc
 from quire.telemetry import metrics as m
 from quire.telemetry.instruments import new_registry
+from quire.worker.health import HealthService
 from quire.worker.metrics import EngineMetrics
 from quire.worker.servicer import WorkerService
 
@@ -99,6 +102,8 @@ async def serve(options: WorkerOptions) -> int:
             ]
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+        health = HealthService(lambda: service.live, lambda: service.ready)
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
         cluster.bind(server, options.listen)
         status = _serve_status(options, service, stop)
     except OSError as error:
@@ -106,7 +111,7 @@ async def serve(options: WorkerOptions) -> int:
         return 2
     await server.start()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, service, options, stop)
     try:
         return await _run(options, service, instruments, stop)
     finally:
@@ -125,9 +130,7 @@ def _serve_status(
 
     sock = open_socket(options.listen, options.http_port)
     token = options.cluster.cluster_token
-    status = Status(
-        service.metrics_page, lambda: not service.died.is_set(), lambda: service.ready, token
-    )
+    status = Status(service.metrics_page, lambda: service.live, lambda: service.ready, token)
     task = asyncio.create_task(serve_status(status, sock))
     task.add_done_callback(lambda _: stop.set())
     return task
@@ -157,13 +160,22 @@ async def _run(
         return 2
     logger.info("ready: %d KV blocks", engine.pool.num_blocks)
     dead = asyncio.create_task(_watch_engine(service, loop, options.engine.stall_timeout_s))
-    await asyncio.wait((dead, orphaned, stopped), return_when=asyncio.FIRST_COMPLETED)
+    drained = asyncio.create_task(service.drained())
+    await asyncio.wait((dead, orphaned, stopped, drained), return_when=asyncio.FIRST_COMPLETED)
     if dead.done():
         await asyncio.sleep(FLUSH_S)
         return 1
     await service.detach()
     loop.stop(STOP_TIMEOUT_S)
     return 0
+
+
+def _on_signal(service: WorkerService, options: WorkerOptions, stop: asyncio.Event) -> None:
+    """The first signal drains, the second stops; there is nothing to drain before it serves."""
+    if service.draining or not service.serving:
+        stop.set()
+    else:
+        service.drain(options.engine.drain_timeout_s)
 
 
 async def _watch_engine(service: WorkerService, loop: EngineLoop, stall_timeout_s: float) -> None:

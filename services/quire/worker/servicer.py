@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,12 @@ from quire.proto import worker_pb2, worker_pb2_grpc
 from quire.telemetry.instruments import render
 from quire.transfer.state import new_number
 from quire.worker import convert
-from quire.worker.cache_feed import CacheFeed
-from quire.worker.disaggregation import Disaggregation, is_export
+from quire.worker.control import Commands
+from quire.worker.disaggregation import Disaggregation, Surroundings, is_export
+from quire.worker.roles.source import PARK_S, parked
 from quire.worker.session import GatewaySession, SlowGateway
+from quire.worker.standing import Standing, Weights
+from quire.worker.watch import updates
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -47,8 +51,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCH_STARTUP_S = 0.1
-WATCH_LOAD_S = 1.0
-WATCH_EVENTS_S = 0.05
+READY_STEP_AGE_S = 10.0
+"""Without progress for this long the engine counts as hung: requests are better off elsewhere."""
+DRAIN_MIN_S = 0.5
+"""For routers and gateways to hear of it."""
+DRAIN_POLL_S = 0.05
+NO_EXCHANGE = "this worker exchanges no KV blocks"
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -65,6 +73,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._asyncio = asyncio.get_running_loop()
         self._startup = worker_pb2.Startup(phase="start")
         self._loop: EngineLoop | None = None
+        self._commands: Commands | None = None
+        self._standing = Standing(Weights())
         self._sessions: dict[int, GatewaySession] = {}
         self._disaggregation: Disaggregation | None = None
 
@@ -82,21 +92,71 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """
         loop = EngineLoop(engine, self)
         if transfer is not None:
-            self._disaggregation = Disaggregation.start(loop, transfer, self.incarnation)
+            around = Surroundings(loop, self.incarnation, self._metrics)
+            self._disaggregation = Disaggregation.start(transfer, around)
+            self._standing.set_weights(transfer.role.weights)
+        pinned = transfer is not None and "nixl" in transfer.config.kv_transports
+        self._commands = Commands(loop, self._standing, has_pinned_pool=pinned)
         self._loop = loop
         loop.start()
         return loop
 
+    # ---- health
+
+    @property
+    def live(self) -> bool:
+        """The engine makes progress, or is being loaded: nothing that a restart would mend."""
+        if self._loop is None:
+            return not self.died.is_set()
+        return self._loop.stalled_s() < self._loop.engine.config.stall_timeout_s
+
     @property
     def ready(self) -> bool:
-        """The engine is loaded and lives."""
-        return self._loop is not None
+        """Requests are taken, and the engine moves."""
+        if self._loop is None or self._standing.refusal() is not None:
+            return False
+        return self._loop.stalled_s() < READY_STEP_AGE_S
 
     def metrics_page(self) -> str:
         """The engine's metrics in Prometheus' text format."""
         if (loop := self._loop) is not None:
             self._metrics.state(loop.state, loop.stalled_s())
         return render(self._registry)
+
+    # ---- the end
+
+    @property
+    def serving(self) -> bool:
+        """The engine is loaded and lives."""
+        return self._loop is not None
+
+    @property
+    def draining(self) -> bool:
+        """The worker is about to end."""
+        return self._standing.is_draining
+
+    def drain(self, timeout_s: float) -> None:
+        """Take no new requests; `drained` returns when the others have gone, or time is up."""
+        logger.info("draining for up to %g s; once more to stop now", timeout_s)
+        self._standing.drain(timeout_s)
+
+    async def drained(self) -> None:
+        """Return when a drain is over."""
+        standing = self._standing
+        while standing.drain_deadline is None:
+            await standing.changed(60.0)
+        await standing.changed(DRAIN_MIN_S)
+        # Emptiness is polled: it is made of what sessions, the engine and transfers hold.
+        while not self._is_empty() and time.monotonic() < standing.drain_deadline:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_S)
+        left = sum(len(session.requests) for session in self._sessions.values())
+        logger.info("drained: %d requests left", left)
+
+    def _is_empty(self) -> bool:
+        has_jobs = self._disaggregation is not None and self._disaggregation.num_jobs > 0
+        if has_jobs or any(session.requests for session in self._sessions.values()):
+            return False
+        return self._commands is None or self._commands.is_idle()
 
     async def detach(self) -> None:
         """The engine stops: end what is exchanged with other workers."""
@@ -158,7 +218,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             return
         session = self._sessions.get(_session_number(request_id))
         if session is not None and request_id in session.requests:
-            request, attempt = session.requests.pop(request_id)
+            request, attempt = session.end(request_id)
             session.fail(convert.failure_to(error, request, attempt))
 
     def fail_all(self, message: str) -> None:
@@ -189,9 +249,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         finally:
             reader.cancel()
             del self._sessions[session.number]
-            if self._loop is not None:
-                for request_id in session.requests:
-                    self._loop.abort(request_id)
+            for request_id in session.requests:
+                self._abort(request_id, None)
 
     async def _read(
         self, session: GatewaySession, requests: AsyncIterator[worker_pb2.SessionRequest]
@@ -203,7 +262,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     self._submit(session, message.submit)
                 elif (request_id := session.engine_id(message.abort.request)) is not None:
                     choice = message.abort.choice if message.abort.HasField("choice") else None
-                    self._abort(request_id, choice)
+                    if message.abort.moved and choice is None:
+                        self._move(request_id)
+                    else:
+                        self._abort(request_id, choice)
         finally:
             session.close()
 
@@ -213,18 +275,40 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             message = "The model is loading. Please retry."
             self._reject(request_id, ApiError("not_ready", message, retry_after_s=2))
             return
+        if (refusal := self._standing.refusal()) is not None:
+            self._reject(request_id, refusal)
+            return
         try:
             request = convert.request_from(submit, request_id)
         except ApiError as error:
             self._reject(request_id, error)
-        else:
-            if self._disaggregation is not None:
-                request = self._disaggregation.with_remote_prompt(request, submit)
-            self._loop.submit(request)
+            return
+        if self._disaggregation is not None and submit.HasField("source"):
+            self._disaggregation.fetch.submit(request, submit)
+            return
+        if self._disaggregation is not None:
+            request = self._disaggregation.with_remote_prompt(request, submit)
+        if submit.HasField("source"):
+            self._loop.call(lambda _: self._metrics.moved_here(request, 0))
+        self._loop.submit(request)
 
     def _abort(self, request_id: str, choice: int | None) -> None:
-        if self._loop is not None:
-            self._loop.abort(request_id, choice)
+        parts = self._disaggregation
+        if self._loop is None or (parts is not None and parts.fetch.abort(request_id, choice)):
+            return
+        self._loop.abort(request_id, choice)
+
+    def _move(self, request_id: str) -> None:
+        """The request goes on at another worker, which may soon fetch its blocks."""
+        parts, loop = self._disaggregation, self._loop
+        if loop is None or parts is None or parts.fetch.abort(request_id, None):
+            self._abort(request_id, None)
+            return
+        key = parked(request_id.split("/", 3)[3])
+        loop.move(request_id, key)
+        self._asyncio.call_later(
+            PARK_S, loop.call, lambda engine: engine.scheduler.handover.release(key)
+        )
 
     # ---- Prefill
 
@@ -234,10 +318,28 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         context: grpc.aio.ServicerContext[worker_pb2.PrefillRequest, worker_pb2.PrefillReply],
     ) -> AsyncIterator[worker_pb2.PrefillReply]:
         """Compute a prompt for another worker."""
+        refusal = self._standing.refusal()
         if self._disaggregation is None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker exchanges no KV blocks")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, NO_EXCHANGE)
+        elif refusal is not None:
+            failed = worker_pb2.PrefillFailed(
+                code=worker_pb2.Failure.CODE_NOT_READY, message=refusal.message
+            )
+            yield worker_pb2.PrefillReply(failed=failed)
         else:
             async for reply in self._disaggregation.prefill.serve(request):
+                yield reply
+
+    async def Fetch(
+        self,
+        request: worker_pb2.FetchRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.FetchRequest, worker_pb2.FetchReply],
+    ) -> AsyncIterator[worker_pb2.FetchReply]:
+        """Hand out cached blocks, while draining too."""
+        if self._disaggregation is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, NO_EXCHANGE)
+        else:
+            async for reply in self._disaggregation.source.serve(request):
                 yield reply
 
     # ---- Watch
@@ -256,26 +358,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             await asyncio.sleep(WATCH_STARTUP_S)
         model = convert.model_info(loop.engine, self.incarnation)
         model.address = self.address
-        yield worker_pb2.WorkerUpdate(model=model)
-        feed = CacheFeed(self.incarnation, request) if request.cache_events else None
-        period = WATCH_LOAD_S if feed is None else WATCH_EVENTS_S
-        next_load = 0.0
-        while self._loop is not None:
-            now = self._asyncio.time()
-            if now >= next_load:
-                next_load = now + WATCH_LOAD_S
-                yield worker_pb2.WorkerUpdate(load=self._load(loop))
-            if feed is not None:
-                for update in await feed.updates(loop):
-                    yield update
-            await asyncio.sleep(period)
-
-    def _load(self, loop: EngineLoop) -> worker_pb2.Load:
-        load = convert.load_to(loop.state, loop.stalled_s())
-        if self._disaggregation is not None:
-            load.prefill_weight = self._disaggregation.role.prefill_weight
-            load.decode_weight = self._disaggregation.role.decode_weight
-        return load
+        async for update in updates(loop, self._standing, model, request):
+            if self._loop is None:
+                return
+            yield update
 
     # ---- Control
 
@@ -285,21 +371,28 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         context: grpc.aio.ServicerContext[worker_pb2.ControlRequest, worker_pb2.ControlReply],
     ) -> worker_pb2.ControlReply:
         """Commands to the worker as a whole."""
-        loop = self._loop
         command = request.WhichOneof("command")
         if command == "collect_metrics":
             return worker_pb2.ControlReply(ok=True, metrics=self.metrics_page())
-        if loop is None:
-            return worker_pb2.ControlReply(ok=False, message=f"starting: {self._startup.phase}")
         if command == "health":
-            stalled = loop.stalled_s()
-            limit = loop.engine.config.stall_timeout_s
-            return worker_pb2.ControlReply(ok=stalled < limit, message=f"step age {stalled:.1f} s")
-        if command == "reset_prefix_cache":
-            loop.call(lambda engine: logger.info("forgot %d blocks", engine.reset_prefix_cache()))
-            return worker_pb2.ControlReply(ok=True)
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no command given")
-        raise AssertionError("abort returns never")
+            return worker_pb2.ControlReply(ok=self.live, health=self._health())
+        if command is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no command given")
+        if self._commands is None or self._loop is None:
+            return worker_pb2.ControlReply(ok=False, message=f"starting: {self._startup.phase}")
+        return await self._commands.run(request)
+
+    def _health(self) -> worker_pb2.HealthReport:
+        report = worker_pb2.HealthReport(live=self.live, ready=self.ready)
+        if (loop := self._loop) is not None:
+            convert.describe_engine(report, loop.state, loop.stalled_s())
+        convert.with_standing(report, self._standing)
+        report.gateways = len(self._sessions)
+        if (parts := self._disaggregation) is not None:
+            report.prompts_for_others = parts.num_jobs
+            for address, state in parts.peers.states().items():
+                report.peers.add(address=address, state=state)
+        return report
 
 
 def _session_number(request_id: str) -> int:

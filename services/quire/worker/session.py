@@ -36,6 +36,7 @@ class GatewaySession:
         self.number = next(_numbers)
         self.requests: dict[str, tuple[int, int]] = {}
         """Engine's request id -> (the gateway's number, attempt)."""
+        self._engine_ids: dict[int, str] = {}
         self._outputs: deque[ChoiceOutput] = deque()
         self._failures: deque[worker_pb2.Failure] = deque()
         self._step = 0
@@ -44,16 +45,21 @@ class GatewaySession:
 
     def engine_id(self, request: int) -> str | None:
         """The engine's id of the gateway's request; None when it has ended."""
-        for engine_id, (number, _) in self.requests.items():
-            if number == request:
-                return engine_id
-        return None
+        return self._engine_ids.get(request)
 
     def open(self, submit: worker_pb2.Submit) -> str:
         """Note a request; returns the engine's id for it."""
         engine_id = f"{self.number}/{submit.request}/{submit.attempt}/{submit.request_id}"
         self.requests[engine_id] = (submit.request, submit.attempt)
+        self._engine_ids[submit.request] = engine_id
         return engine_id
+
+    def end(self, engine_id: str) -> tuple[int, int]:
+        """Forget a request; returns the gateway's number and the attempt. Raises KeyError."""
+        number, attempt = self.requests.pop(engine_id)
+        if self._engine_ids.get(number) == engine_id:
+            del self._engine_ids[number]
+        return number, attempt
 
     def deliver(self, step: int, outputs: list[ChoiceOutput]) -> None:
         """Queue what a step gave to this session's requests."""
@@ -94,5 +100,5 @@ class GatewaySession:
                 continue
             batch.outputs.append(output_to(output, *entry))
             if output.last_of_request:
-                del self.requests[output.request_id]
+                self.end(output.request_id)
         return batch

@@ -23,19 +23,18 @@ from typing import TYPE_CHECKING
 import grpc
 
 from quire.proto import worker_pb2
-from quire.proto.worker_pb2_grpc import WorkerStub
 from quire.transfer.negotiate import ref_to_proto
 from quire.transfer.state import Delivered, Ended
 from quire.worker import convert
 
 if TYPE_CHECKING:
-    from quire.cluster.rpc import Cluster
     from quire.engine.engine import Engine
     from quire.engine.loop import EngineLoop
     from quire.engine.scheduler.remote import PrefillNeeded
     from quire.transfer.endpoint import Endpoint
     from quire.transfer.negotiate import Peer
     from quire.transfer.state import Event, TransferRef
+    from quire.worker.roles.peers import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,6 @@ WINDOW_BLOCKS = 64
 MIN_REMOTE_BLOCKS = 2
 """Fewer missing blocks than this are computed here: asking would take longer."""
 ACCEPT_TIMEOUT_S = 5.0
-MAX_MESSAGE_BYTES = 64 << 20
 
 
 @dataclass(eq=False)
@@ -72,14 +70,13 @@ class Prompt:
 class DecodeRole:
     """Prompts of one worker. Lives on the event loop; `fence` alone is called elsewhere."""
 
-    def __init__(self, loop: EngineLoop, endpoint: Endpoint, peer: Peer, cluster: Cluster) -> None:
+    def __init__(self, loop: EngineLoop, endpoint: Endpoint, peer: Peer, peers: Peers) -> None:
         self._loop = loop
-        self._cluster = cluster
+        self._peers = peers
         self._endpoint = endpoint
         self._peer = peer
         self._asyncio = asyncio.get_running_loop()
         self._prompts: dict[TransferRef, Prompt] = {}
-        self._channels: dict[str, grpc.aio.Channel] = {}
 
     def prompt(self, request_id: str, submit: worker_pb2.Submit) -> Prompt | None:
         """The request's prompt, if it may be computed elsewhere. Log-probabilities of prompts are
@@ -129,12 +126,10 @@ class DecodeRole:
         self._endpoint.fence(prompt.ref)
         self._asyncio.call_soon_threadsafe(self._drop, prompt)
 
-    async def close(self) -> None:
-        """Close connections to other workers."""
+    def close(self) -> None:
+        """Ask for nothing any more."""
         for prompt in list(self._prompts.values()):
             self._drop(prompt)
-        for channel in self._channels.values():
-            await channel.close()
 
     # ----
 
@@ -153,7 +148,7 @@ class DecodeRole:
         )
         if submit.HasField("timeout_ms"):
             request.timeout_ms = submit.timeout_ms
-        call = WorkerStub(self._channel(submit.prefill.address)).Prefill(request)
+        call = self._peers.stub(submit.prefill.address).Prefill(request)
         try:
             async with asyncio.timeout(ACCEPT_TIMEOUT_S):
                 reply = await call.read()
@@ -208,15 +203,3 @@ class DecodeRole:
             self._prompts.pop(prompt.ref, None)
         if prompt.task is not None:
             prompt.task.cancel()
-
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        channel = self._channels.get(address)
-        if channel is None:
-            options = [
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.enable_retries", 0),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ]
-            channel = self._channels[address] = self._cluster.channel(address, options)
-        return channel

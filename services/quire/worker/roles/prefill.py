@@ -70,6 +70,9 @@ class PrefillRole:
         self._by_ref: dict[TransferRef, _Job] = {}
         self._numbers = itertools.count()
 
+    def __len__(self) -> int:
+        return len(self._jobs)
+
     async def serve(
         self, request: worker_pb2.PrefillRequest
     ) -> AsyncIterator[worker_pb2.PrefillReply]:
