@@ -55,8 +55,8 @@ class Visitor(HttpUser):
             answers.append(self._stream(body, session.request_class))
 
     def _first_model(self) -> str:
-        with self.client.get("/v1/models", timeout=TIMEOUT_S) as answer:
-            return str(answer.json()["data"][0]["id"])
+        answer = self.client.get("/v1/models", timeout=TIMEOUT_S)
+        return str(answer.json()["data"][0]["id"])
 
     def _stream(self, body: dict[str, Any], name: str) -> str:
         sent = last = time.perf_counter()
