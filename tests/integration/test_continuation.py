@@ -17,7 +17,9 @@ from server import running_server
 
 FLEETS = {
     "equal": ("--replicas", "2"),
-    "disaggregated": ("--prefill", "1", "--decode", "1", "--kv-lease-s", "2"),
+    "disaggregated": (
+        "--prefill", "1", "--decode", "1", "--kv-lease-s", "2", "--routing-policy", "least_load",
+    ),  # fmt: skip
 }
 FLAGS = (
     "--max-model-len", "512", "--kv-cache-memory-bytes", "32M",

@@ -15,6 +15,8 @@ PROMPT = "import os\n" * 60 + "def "
 @pytest.fixture(scope="module")
 def server():
     flags = ("--prefill", "1", "--decode", "2", "--max-model-len", "512", "--num-threads", "1")
+    # by cost, short prompts on an idle machine would be computed where they are decoded
+    flags += ("--routing-policy", "least_load")
     patient = ("--kv-heartbeat-s", "5", "--kv-lease-s", "60", "--kv-cache-memory-bytes", "32M")
     with running_server(*flags, *patient) as server:
         for _ in range(200):

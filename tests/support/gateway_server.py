@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 
 from quire.config.gateway import GatewayConfig, TokenizerConfig
-from quire.gateway.app import Upstream, create_app
+from quire.gateway.app import Upstream, clients_of, create_app
 from quire.gateway.fake_worker import FakeWorker
 from quire.gateway.http_protocol import BoundedHttpProtocol
 from quire.proto import worker_pb2
@@ -175,7 +175,7 @@ async def _serve(tokenizer, script, info, grpc_socket, wait, config, started, re
     app = create_app(
         options,
         TokenizerConfig(tokenizer=str(tokenizer.folder)),
-        Upstream.at({"0": address}, options) if address else Upstream([worker]),
+        Upstream(clients_of({"0": address}, options) if address else [worker]),
         gateway_instruments(registry),
         registry,
     )

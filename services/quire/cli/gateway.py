@@ -11,6 +11,7 @@ from quire.config.cluster import ClusterConfig
 from quire.config.flags import Command, parse
 from quire.config.gateway import GatewayConfig, TokenizerConfig, UpstreamConfig
 from quire.config.logs import LogConfig
+from quire.config.router import RouterConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +21,16 @@ if TYPE_CHECKING:
 COMMAND = Command(
     prog="quire gateway",
     summary="Serve an OpenAI-compatible HTTP API in front of workers that run elsewhere.",
-    owners=(UpstreamConfig, GatewayConfig, TokenizerConfig, ClusterConfig, LogConfig),
+    owners=(
+        UpstreamConfig,
+        GatewayConfig,
+        TokenizerConfig,
+        RouterConfig,
+        ClusterConfig,
+        LogConfig,
+    ),
     reads_environment=True,
+    epilog="Without --router, this process routes by itself.",
 )
 
 
@@ -32,6 +41,8 @@ def run(argv: Sequence[str]) -> int:
         workers=resolved.get(UpstreamConfig).workers,
         cluster=resolved.get(ClusterConfig),
         tokenizer=resolved.get(TokenizerConfig),
+        router=resolved.get(RouterConfig),
+        routers=resolved.get(UpstreamConfig).router,
     )
 
     async def serve(server: HttpServer) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quire.cli.listen import ListenError, closing, listen
 from quire.telemetry import logging as logs
 from quire.telemetry.instruments import Instruments, new_registry
-from quire.telemetry.metrics import gateway_instruments
+from quire.telemetry.metrics import gateway_instruments, router_instruments
 
 if TYPE_CHECKING:
     import socket
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from quire.config.cluster import ClusterConfig
     from quire.config.gateway import GatewayConfig, TokenizerConfig
     from quire.config.logs import LogConfig
+    from quire.config.router import RouterConfig
+    from quire.gateway.app import Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,12 @@ class Upstreams:
     """Name -> gRPC address."""
     cluster: ClusterConfig
     tokenizer: TokenizerConfig
+    router: RouterConfig
+    """Of the router in this process, when no other is named."""
+    routers: Sequence[str] = ()
+    """gRPC addresses of routers to ask."""
+    owns_workers: bool = False
+    """They are this server's own, and their metrics are shown with its."""
 
 
 @dataclass
@@ -147,12 +155,11 @@ class HttpServer:
     def _make_server(self, upstreams: Upstreams) -> uvicorn.Server:
         import uvicorn
 
-        from quire.cluster.rpc import Cluster
-        from quire.gateway.app import Upstream, create_app
+        from quire.gateway.app import create_app
         from quire.gateway.http_protocol import BoundedHttpProtocol
 
         options = self.config
-        upstream = Upstream.at(upstreams.workers, options, Cluster(upstreams.cluster))
+        upstream = self._connect(upstreams)
         self.app = create_app(
             options, upstreams.tokenizer, upstream, self.instruments, self.registry
         )
@@ -174,6 +181,24 @@ class HttpServer:
         # Signals are ours: they end the children too.
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
         return server
+
+    def _connect(self, upstreams: Upstreams) -> Upstream:
+        from quire.cluster.rpc import Cluster
+        from quire.gateway.app import Upstream, clients_of
+        from quire.gateway.routers import OwnRouter, RemoteRouter, Replica
+        from quire.gateway.routing import RouterPlacement
+
+        cluster = Cluster(upstreams.cluster)
+        routers: list[Replica] = [RemoteRouter(address, cluster) for address in upstreams.routers]
+        if not routers:
+            instruments = router_instruments(self.registry)
+            own = OwnRouter(upstreams.router, upstreams.workers, instruments, cluster)
+            routers.append(own)
+        return Upstream(
+            workers=clients_of(upstreams.workers, self.config, cluster),
+            placement=RouterPlacement(routers, self.instruments),
+            owns_workers=upstreams.owns_workers,
+        )
 
 
 def run_server(

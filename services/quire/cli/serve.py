@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from secrets import token_urlsafe
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.http_server import Upstreams, run_server
-from quire.cli.replicas import replicas_of
+from quire.cli.replicas import Replicas, replicas_of
+from quire.cli.routers import Routers, routers_of
 from quire.cli.supervisor import private_folder
 from quire.config.base import to_mapping
+from quire.config.cluster import ClusterConfig
 from quire.config.engine import EngineConfig
 from quire.config.flags import Command, parse
 from quire.config.gateway import GatewayConfig, TokenizerConfig
 from quire.config.logs import LogConfig
+from quire.config.router import RouterConfig
 from quire.config.serve import LocalConfig
 from quire.config.transfer import TransferConfig
 from quire.telemetry.metrics import WORKER_RESTARTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from quire.cli.http_server import HttpServer
     from quire.config.resolve import Resolved
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 COMMAND = Command(
     prog="quire serve",
     summary="Serve a model over an OpenAI-compatible HTTP API, with workers on this machine.",
-    owners=(EngineConfig, GatewayConfig, LocalConfig, TransferConfig, LogConfig),
+    owners=(EngineConfig, GatewayConfig, LocalConfig, RouterConfig, TransferConfig, LogConfig),
     positional="model",
     reads_environment=True,
     epilog="Without MODEL, the demo model inside the package is served: nothing is downloaded.",
@@ -43,28 +48,68 @@ def run(argv: Sequence[str]) -> int:
 
 
 async def _serve(resolved: Resolved, server: HttpServer) -> int:
-    """With workers of our own, which end when this does."""
-    engine, log = resolved.get(EngineConfig), resolved.get(LogConfig)
-    local, transfer = resolved.get(LocalConfig), _transfer(resolved)
+    """With workers and routers of our own, which end when this does."""
+    engine, transfer = resolved.get(EngineConfig), _transfer(resolved)
     server.model_name = next(iter(server.config.served_model_name), engine.model)
-    common: dict[str, Any] = {
-        "served_model_name": server.model_name,
-        "log_level": log.log_level,
-        "log_format": log.log_format,
-    }
-    if local.prefill:
-        common["transfer"] = to_mapping(transfer)
-    on_restart = server.instruments.get(WORKER_RESTARTS).inc
     with private_folder() as folder:
-        replicas = replicas_of(engine, local.roles, folder, common, on_restart)
+        children = _children(resolved, server, transfer, folder)
         upstreams = Upstreams(
-            workers=replicas.addresses,
+            workers=children.workers.addresses,
             cluster=transfer,
             tokenizer=TokenizerConfig(
                 tokenizer=engine.tokenizer or engine.model, revision=engine.revision
             ),
+            router=resolved.get(RouterConfig),
+            routers=children.routers.addresses,
+            owns_workers=True,
         )
-        return await server.run(upstreams, replicas, replicas.watches(server.ready, transfer))
+        watches = children.workers.watches(server.ready, transfer)
+        return await server.run(upstreams, children, watches)
+
+
+@dataclass(frozen=True)
+class _Children:
+    """The server lives as long as its workers; routers may come and go."""
+
+    workers: Replicas
+    routers: Routers
+
+    async def run(self) -> int:
+        """Keep all of them until `stop`, or until the workers are given up."""
+        routing = asyncio.create_task(self.routers.run())
+        try:
+            return await self.workers.run()
+        finally:
+            await self.routers.stop()
+            await routing
+
+    async def stop(self) -> None:
+        """End them all. `run` returns afterwards."""
+        await asyncio.gather(self.workers.stop(), self.routers.stop())
+
+    def kill(self) -> None:
+        """End them now."""
+        self.workers.kill()
+        self.routers.kill()
+
+
+def _children(
+    resolved: Resolved, server: HttpServer, transfer: TransferConfig, folder: Path
+) -> _Children:
+    """Nothing is started yet."""
+    log, local = resolved.get(LogConfig), resolved.get(LocalConfig)
+    logs: dict[str, Any] = {"log_level": log.log_level, "log_format": log.log_format}
+    common = logs | {"served_model_name": server.model_name}
+    if local.prefill:
+        common["transfer"] = to_mapping(transfer)
+    on_restart = server.instruments.get(WORKER_RESTARTS).inc
+    workers = replicas_of(resolved.get(EngineConfig), local.roles, folder, common, on_restart)
+    options = logs | {
+        "router": to_mapping(resolved.get(RouterConfig)),
+        "pods": workers.addresses,
+        "cluster": {f.name: getattr(transfer, f.name) for f in fields(ClusterConfig)},
+    }
+    return _Children(workers, routers_of(local.routers, folder, options))
 
 
 def _transfer(resolved: Resolved) -> TransferConfig:

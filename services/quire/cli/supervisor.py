@@ -65,6 +65,8 @@ class Supervisor:
     on_restart: Callable[[], None] = lambda: None
     patience: Patience = field(default_factory=Patience)
     command: Sequence[str] = (sys.executable, "-P", "-m", "quire.worker")
+    name: str = "the worker"
+    """In logs."""
     _process: subprocess.Popen[bytes] | None = None
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _ready_since: float | None = None
@@ -84,13 +86,13 @@ class Supervisor:
                 if code == CANNOT_SERVE:
                     return code
                 if failed_starts >= self.patience.start_attempts:
-                    logger.error("the worker cannot start (%s); giving up", _died(code))
+                    logger.error("%s cannot start (%s); giving up", self.name, _died(code))
                     return code if code > 0 else 1
             else:
                 failed_starts = 0
                 if time.monotonic() - self._ready_since >= self.patience.calm:
                     delay = self.patience.first_delay
-            logger.error("the worker died (%s); starting it again in %g s", _died(code), delay)
+            logger.error("%s died (%s); starting it again in %g s", self.name, _died(code), delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
             if self._stopping.is_set():
@@ -116,7 +118,7 @@ class Supervisor:
             return
         _close_stdin(process)
         if not await _ended(process, self.patience.stop):
-            logger.warning("the worker does not end by itself; terminating it")
+            logger.warning("%s does not end by itself; terminating it", self.name)
             process.terminate()
             if not await _ended(process, self.patience.terminate):
                 process.kill()

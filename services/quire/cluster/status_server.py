@@ -58,8 +58,8 @@ def open_socket(listen: str, port: int) -> socket.socket:
 async def serve_status(status: Status, sock: socket.socket) -> None:
     """Answer until cancelled."""
     config = uvicorn.Config(
-        _app(status), log_config=None, log_level="warning", access_log=False, server_header=False, lifespan="off",
-        ws="none", timeout_graceful_shutdown=END_S,
+        _app(status), log_config=None, log_level="warning", access_log=False, server_header=False,
+        lifespan="off", ws="none", timeout_graceful_shutdown=END_S,
     )  # fmt: skip
     server = uvicorn.Server(config)
     # signals are the process's own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quire.config.address import is_loopback, named_address
+from quire.config.address import check_address, is_loopback, named_address
 from quire.config.base import check_fields
 from quire.config.option import option
 
@@ -67,8 +67,8 @@ class GatewayConfig:
     worker_silence: float = option(3.0, "workers")
     """Seconds without a sign of life, one is due every second, after which a worker is lost and its
     requests go on elsewhere."""
-    max_step_age: float = option(30.0, "workers")
-    """Seconds an engine with work may take for a step before its requests go on elsewhere."""
+    max_step_age: float = option(10.0, "workers")
+    """Seconds an engine with work may make no progress before its requests go on elsewhere."""
     max_resubmissions: int = option(3, "workers")
     """How often in a row, without a new token, a request is sent again before it fails."""
     worker_wait: float = option(60.0, "workers")
@@ -135,9 +135,14 @@ class UpstreamConfig:
     worker: tuple[str, ...] = option((), "upstream")
     """gRPC address of a worker (host:port or unix:/path), several are allowed. NAME=ADDRESS gives
     it a name; without, the address is its name. Routers must call it the same."""
+    router: tuple[str, ...] = option((), "upstream")
+    """gRPC address of a router, several are allowed: one is asked, the others when it does not
+    answer, and while none does the least busy worker is taken."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for address in self.router:
+            check_address(address)
         if not self.worker:
             raise ValueError("worker: at least one address is needed")
         if len(self.workers) < len(self.worker):

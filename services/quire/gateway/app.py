@@ -11,7 +11,7 @@ import platform
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -25,6 +25,7 @@ from quire.gateway.continuation import Patience
 from quire.gateway.health import Health
 from quire.gateway.pacemaker import Pacemaker
 from quire.gateway.pipeline import Parts, Pipeline
+from quire.gateway.placement import LeastLoad
 from quire.gateway.routes import Facts, ModelRoutes, TokenRoutes, embeddings
 from quire.gateway.served_model import ModelLoader
 from quire.gateway.traffic import Traffic
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from quire.cluster.rpc import Cluster
     from quire.config.gateway import GatewayConfig, TokenizerConfig
+    from quire.gateway.placement import Placement
     from quire.gateway.worker import Worker
     from quire.telemetry.instruments import Instruments
 
@@ -52,19 +54,20 @@ class Upstream:
     """Whom the gateway talks to."""
 
     workers: Sequence[Worker]
+    placement: Placement = field(default_factory=LeastLoad)
+    owns_workers: bool = True
+    """/metrics shows the workers' too: nobody else scrapes them."""
 
-    @classmethod
-    def at(
-        cls, workers: Mapping[str, str], config: GatewayConfig, cluster: Cluster | None = None
-    ) -> Upstream:
-        """Workers by name and gRPC address."""
-        vigilance = Vigilance(config.worker_silence, config.max_step_age)
-        return cls(
-            [
-                WorkerClient(address, vigilance, name=name, cluster=cluster)
-                for name, address in workers.items()
-            ]
-        )
+
+def clients_of(
+    workers: Mapping[str, str], config: GatewayConfig, cluster: Cluster | None = None
+) -> list[WorkerClient]:
+    """Workers by name and gRPC address."""
+    vigilance = Vigilance(config.worker_silence, config.max_step_age)
+    return [
+        WorkerClient(address, vigilance, name=name, cluster=cluster)
+        for name, address in workers.items()
+    ]
 
 
 def create_app(
@@ -84,6 +87,7 @@ def create_app(
         upstream.workers,
         Patience(config.max_resubmissions, config.worker_wait),
         max_backlog=config.max_stream_backlog,
+        placement=upstream.placement,
         on_resubmission=traffic.resubmitted,
     )
     parts = Parts(
@@ -96,7 +100,7 @@ def create_app(
         threads=ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize"),
     )
     instruments.get(m.BUILD_INFO).set(version=__version__, python=platform.python_version())
-    routes = _routes(parts, Health(fleet, parts.models), registry)
+    routes = _routes(parts, Health(fleet, parts.models), registry, upstream.owns_workers)
     app: ASGIApp = Router(routes, redirect_slashes=False, lifespan=lambda _: _lifespan(parts))
     app = Authentication(app, api_keys(config.api_key))
     if config.allowed_origins:
@@ -107,9 +111,11 @@ def create_app(
     return Boundary(app, parts.traffic, known, log_access=not config.disable_access_log)
 
 
-def _routes(parts: Parts, health: Health, registry: CollectorRegistry) -> list[BaseRoute]:
+def _routes(
+    parts: Parts, health: Health, registry: CollectorRegistry, owns_workers: bool
+) -> list[BaseRoute]:
     pipeline, models, tokens = Pipeline(parts), ModelRoutes(parts), TokenRoutes(parts)
-    facts = Facts(parts, registry)
+    facts = Facts(parts, registry, with_workers=owns_workers)
     return [
         Route("/v1/chat/completions", _Raw(pipeline.chat), methods=["POST"]),
         Route("/v1/completions", _Raw(pipeline.completions), methods=["POST"]),
@@ -154,6 +160,7 @@ async def _lifespan(parts: Parts) -> AsyncIterator[None]:
         asyncio.create_task(_kept(job, name), name=name)
         for name, job in (
             ("worker connections", parts.workers.run()),
+            ("placement", parts.workers.placement.run()),
             ("model", parts.models.run()),
             ("pacemaker", parts.pacemaker.run()),
         )

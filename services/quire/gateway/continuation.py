@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from quire.api import block_hash
 from quire.api.errors import ApiError
 from quire.gateway.journal import Journal, Verdict
+from quire.gateway.trace import Trace
 from quire.gateway.worker import LOSSES, Loss, failure_error, worker_lost
 from quire.proto import common_pb2
 from quire.router.query import RouteQuery
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
     from quire.gateway.placement import Place
     from quire.gateway.replies import Replies
+    from quire.gateway.trace import PromptTrace
     from quire.gateway.worker import Worker
-    from quire.proto.worker_pb2 import ChoiceOutput, Failure, Submit
+    from quire.proto.worker_pb2 import Admission, ChoiceOutput, Failure, ModelInfo, Submit
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,8 @@ class Workplace(Protocol):
 
     patience: Patience
 
-    def pick(self, run: Continuation) -> Place | None:
-        """Ready workers for the request, None when there is none."""
+    async def pick(self, run: Continuation) -> Place | None:
+        """Workers for the request, None when none was ready. Takes a bounded time."""
 
     def has_untried(self, run: Continuation) -> bool:
         """A worker is ready that has not failed this request since its last token."""
@@ -80,8 +82,16 @@ class Workplace(Protocol):
 class Continuation:
     """One request: its journal, and the worker it is with."""
 
-    def __init__(self, submit: Submit, replies: Replies, index: int, workplace: Workplace) -> None:
+    def __init__(
+        self,
+        submit: Submit,
+        replies: Replies,
+        index: int,
+        workplace: Workplace,
+        trace: PromptTrace | None = None,
+    ) -> None:
         self.journal = Journal(submit)
+        self.trace = trace or Trace().prompt()
         self.tried: set[str] = set()
         """Names of the workers that failed the request since its last token."""
         self.fingerprint: bytes | None = None
@@ -90,21 +100,26 @@ class Continuation:
         self._index = index
         self._workplace = workplace
         self._attempt: _Attempt | None = None
+        self._place: Place | None = None
+        self._source: Worker | None = None
+        """The worker that the request leaves in good order: its blocks can be fetched there."""
         self._moving: asyncio.Task[None] | None = None
         self._loss = Loss.NOT_READY
         self._error = worker_lost()
         self._failures = 0  # in a row
         self._since: float | None = None  # of the first of them, time.monotonic()
 
-    def query(self, exclude: frozenset[str]) -> RouteQuery:
+    def query(self, model: ModelInfo, exclude: frozenset[str]) -> RouteQuery:
         """What a router needs to know. Hashes the prompt, and what was said since."""
         submit, journal = self.journal.submit, self.journal
         tokens = journal.longest
-        root = block_hash.root(self.fingerprint or b"", salt=submit.cache_salt)
+        fingerprint = self.fingerprint or model.fingerprint
+        root = block_hash.root(fingerprint, salt=submit.cache_salt)
         left = submit.sampling.max_tokens - (len(tokens) - len(submit.prompt_token_ids))
         return RouteQuery(
             hashes=b"".join(block_hash.extend(root, tokens)),
             prompt_len=len(tokens),
+            model=model.model,
             expected_output=min(max(left, 1), TYPICAL_OUTPUT) * max(len(journal.open), 1),
             priority=submit.priority,
             deadline_s=self._time_left(),
@@ -114,9 +129,7 @@ class Continuation:
 
     def start(self) -> None:
         """Send the request, or wait for a worker to send it to."""
-        if not self._send():
-            self._since = time.monotonic()
-            self._moving = self._workplace.spawn(self._move(0.0))
+        self._go(0.0)
 
     def abort(self, choice: int | None = None) -> None:
         """Nothing more of the request, or of one choice, is wanted."""
@@ -141,10 +154,13 @@ class Continuation:
             aborted = output.finish_reason == common_pb2.FINISH_REASON_ABORT
             if aborted:
                 output.ClearField("finish_reason")
+            if output.HasField("admission"):
+                self._note_admission(output.admission)
             journal.take(output)
             if output.token_ids:
                 self._failures, self._since = 0, None
                 self.tried.clear()
+                self._source = None
             self._replies.deliver(self._index, output)
             if not journal.open:
                 self._end()
@@ -170,6 +186,7 @@ class Continuation:
     def lost(self, attempt: _Attempt, loss: Loss) -> None:
         """The worker of the current attempt is not to be relied on any more."""
         if attempt is self._attempt:
+            self._source = attempt.worker if loss is Loss.DRAINING else None
             self._error = worker_lost()
             self.tried.add(attempt.worker.name)
             self._go_on(loss)
@@ -187,6 +204,7 @@ class Continuation:
         """The current attempt is over; make another."""
         eos = self._attempt.eos_token_ids if self._attempt is not None else ()
         self._attempt, self._loss = None, loss
+        self.trace.left(loss.value)
         for ending in self.journal.endings(eos):
             self.journal.take(ending)
             self._replies.deliver(self._index, ending)
@@ -197,9 +215,7 @@ class Continuation:
             self._fail(self._error)
             return
         self.journal.attempt += 1
-        other = self._workplace.has_untried(self)
-        if not (other and self._send()):
-            self._moving = self._workplace.spawn(self._move(0.0 if other else self._backoff()))
+        self._go(0.0 if self._workplace.has_untried(self) else self._backoff())
 
     def _is_hopeless(self, loss: Loss) -> bool:
         """Whether trying was enough. Notes one more failure."""
@@ -218,6 +234,18 @@ class Continuation:
         doubled = FIRST_BACKOFF_S * 2.0 ** max(self._failures - 1, 0)
         return min(doubled, MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
 
+    def _go(self, delay_s: float) -> None:
+        """Send the request in a task of its own: a router may have to be asked."""
+        self._moving = self._workplace.spawn(self._move(delay_s))
+        self._moving.add_done_callback(self._gone)
+
+    def _gone(self, moving: asyncio.Task[None]) -> None:
+        if not moving.cancelled() and (error := moving.exception()) is not None:
+            logger.error("request %s cannot be placed", self.journal.submit.request_id,
+                         exc_info=error)  # fmt: skip
+            message = "The server had an error while processing the request."
+            self._fail(ApiError("internal_error", message))
+
     async def _move(self, delay_s: float) -> None:
         """Send the request as soon as a worker is ready for it."""
         patience_s = self._workplace.patience.wait_s
@@ -228,18 +256,26 @@ class Continuation:
         try:
             async with asyncio.timeout(max(limit, 0.0)):
                 await asyncio.sleep(delay_s)
-                while not self._send():
+                while not await self._send():
+                    self._since = self._since or time.monotonic()
                     await self._workplace.changed()
         except TimeoutError:
             self._fail(self._error if limit == patience_s else _deadline_exceeded())
 
-    def _send(self) -> bool:
+    async def _send(self) -> bool:
         """Send the current attempt; False when no worker is ready."""
-        place = self._workplace.pick(self)
+        self.trace.lap("wait")
+        place = await self._workplace.pick(self)
+        while place is not None and not place.worker.ready:  # lost while a router was asked
+            place = await self._workplace.pick(self)
         if place is None:
             return False
+        self._place = place
+        self.trace.sent(self.journal.attempt, place, self.journal.num_tokens)
         worker, submit = place.worker, self.journal.message()
-        if place.prefill is not None:
+        if self._source is not None and (self.journal.num_tokens or place.prefill is None):
+            submit.source.worker, submit.source.address = self._source.name, self._source.address
+        elif place.prefill is not None:
             submit.prefill.worker = place.prefill.name
             submit.prefill.address = place.prefill.address
         self._attempt = _Attempt(self, worker, submit)
@@ -254,12 +290,19 @@ class Continuation:
         worker.submit(submit, self._attempt)
         return True
 
+    def _note_admission(self, admission: Admission) -> None:
+        """A worker took the request up: what it says is the trace's, and its router's to hear."""
+        self.trace.admitted(admission)
+        if self._place is not None and self._place.decided is not None:
+            self._place.decided.observe(admission)
+
     def _time_left(self) -> float | None:
         deadline = self.journal.deadline
         return None if deadline is None else deadline - time.monotonic()
 
     def _end(self) -> None:
         self._attempt = None
+        self.trace.left(None)
         self._replies.finish(self._index)
 
     def _fail(self, error: ApiError) -> None:

@@ -10,14 +10,38 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quire.gateway.worker import Worker
+    from quire.proto.router_pb2 import Explanation
+    from quire.proto.worker_pb2 import Admission, ModelInfo
     from quire.router.query import RouteQuery
 
 
 class Routed(Protocol):
     """A request in search of a worker."""
 
-    def query(self, exclude: frozenset[str]) -> RouteQuery:
+    def query(self, model: ModelInfo, exclude: frozenset[str]) -> RouteQuery:
         """It in the router's terms, with the names of the workers that must not be chosen."""
+
+
+class Decided(Protocol):
+    """A router's decision."""
+
+    @property
+    def router(self) -> str:
+        """Name of the router that was asked."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens it expects to be cached where the prompt is computed."""
+
+    @property
+    def expected_ttft_s(self) -> float:
+        """Seconds until the first token, as it expects."""
+
+    def observe(self, admission: Admission) -> None:
+        """The request was admitted; its router hears what was really cached. Never waits."""
+
+    async def explain(self) -> Explanation | None:
+        """The scores, None when the router does not answer or has forgotten."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +52,23 @@ class Place:
     """Answers it."""
     prefill: Worker | None = None
     """Computes its prompt, when that is another one."""
+    decided: Decided | None = None
+    """By whom; None when no router was asked."""
 
 
 class Placement(Protocol):
     """Chooses among workers that are ready."""
 
-    def pick(self, request: Routed, ready: Sequence[Worker]) -> Place | None:
-        """Where to send the request, None when none of `ready` (never empty) may serve it.
+    async def run(self) -> None:
+        """Keep what choices are made from, until cancelled."""
 
-        `ready` leaves out the workers that have failed the request, unless there is no other.
+    async def pick(
+        self, request: Routed, ready: Sequence[Worker], exclude: frozenset[str]
+    ) -> Place:
+        """Where to send the request: to one of `ready`, which is never empty.
+
+        `ready` leaves out the workers that have failed the request, unless there is no other;
+        `exclude` are the names of those, and of workers that are not ready. Takes a bounded time.
         """
 
 
@@ -49,8 +81,17 @@ class LeastLoad:
     kind of work does it when no other can.
     """
 
-    def pick(self, request: Routed, ready: Sequence[Worker]) -> Place | None:
+    async def run(self) -> None:
+        """Nothing to keep."""
+
+    async def pick(
+        self, request: Routed, ready: Sequence[Worker], exclude: frozenset[str]
+    ) -> Place:
         """Ties are broken at random."""
+        return self.choose(ready)
+
+    def choose(self, ready: Sequence[Worker]) -> Place:
+        """The same at once: nobody has to be asked."""
         decoding = [worker for worker in ready if _decode_weight(worker) > 0] or ready
         worker = min(decoding, key=lambda w: (_num_requests(w), random.random()))
         prefilling = [w for w in ready if w is not worker and _prefill_weight(w) > 0]

@@ -123,7 +123,8 @@ class TokenRoutes:
 class Facts:
     """/version, /load and /metrics."""
 
-    def __init__(self, parts: Parts, registry: CollectorRegistry) -> None:
+    def __init__(self, parts: Parts, registry: CollectorRegistry, *, with_workers: bool) -> None:
+        self._with_workers = with_workers
         self._workers = parts.workers
         self._admission = parts.admission
         self._registry = registry
@@ -151,9 +152,11 @@ class Facts:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """GET /metrics: the gateway's page, then each worker's."""
+        """GET /metrics: the gateway's page, then those of workers that nobody else scrapes."""
         self._worker_up.set(self._workers.num_ready)
-        page = render(self._registry) + await self._workers.collect_metrics()
+        page = render(self._registry)
+        if self._with_workers:
+            page += await self._workers.collect_metrics()
         return Response(page, media_type=CONTENT_TYPE)
 
 

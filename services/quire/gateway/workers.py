@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from quire.gateway.continuation import Continuation, Patience
 from quire.gateway.placement import LeastLoad
 from quire.gateway.replies import Replies
+from quire.gateway.trace import Trace
 from quire.gateway.worker import Loss
 from quire.proto import worker_pb2
 from quire.telemetry.instruments import join_pages
@@ -45,7 +46,7 @@ class Workers:
         self.all = tuple(workers)
         self.patience = patience
         self._max_backlog = max_backlog
-        self._placement = placement or LeastLoad()
+        self.placement = placement or LeastLoad()
         self.resubmitted = on_resubmission
         self._tasks: set[asyncio.Task[None]] = set()
         self._change = asyncio.Event()
@@ -108,8 +109,9 @@ class Workers:
         while self.ready:
             await self.changed()
 
-    def submit(self, submits: Sequence[worker_pb2.Submit]) -> Replies:
+    def submit(self, submits: Sequence[worker_pb2.Submit], trace: Trace | None = None) -> Replies:
         """Send requests whose answers are read together, each to the worker that suits it."""
+        trace = trace or Trace()
         runs: list[Continuation] = []
         num_choices = sum(max(submit.sampling.n, 1) for submit in submits)
         replies = Replies(
@@ -117,7 +119,10 @@ class Workers:
             self._max_backlog * num_choices,
             lambda index, choice: runs[index].abort(choice),
         )
-        runs += [Continuation(s, replies, i, self) for i, s in enumerate(submits)]
+        runs += [
+            Continuation(submit, replies, index, self, trace.prompt())
+            for index, submit in enumerate(submits)
+        ]
         for run in runs:
             run.start()
         return replies
@@ -129,13 +134,15 @@ class Workers:
 
     # ---- Workplace
 
-    def pick(self, run: Continuation) -> Place | None:
+    async def pick(self, run: Continuation) -> Place | None:
         """Ready workers, if possible such as have not failed the request."""
         ready = self._ready_for(run)
         if not ready:
             return None
-        untried = [worker for worker in ready if worker.name not in run.tried]
-        return self._placement.pick(run, untried or ready)
+        candidates = [worker for worker in ready if worker.name not in run.tried] or ready
+        named = {worker.name for worker in candidates}
+        others = frozenset(worker.name for worker in self.all if worker.name not in named)
+        return await self.placement.pick(run, candidates, others)
 
     def has_untried(self, run: Continuation) -> bool:
         """A worker is ready that has not failed the request since its last token."""

@@ -49,6 +49,11 @@ class RouterStub:
                 request_serializer=quire_dot_proto_dot_router__pb2.ObserveRequest.SerializeToString,
                 response_deserializer=quire_dot_proto_dot_router__pb2.ObserveReply.FromString,
                 _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/quire.v1.Router/Check',
+                request_serializer=quire_dot_proto_dot_router__pb2.CheckRequest.SerializeToString,
+                response_deserializer=quire_dot_proto_dot_router__pb2.CheckReply.FromString,
+                _registered_method=True)
 
 
 class RouterServicer:
@@ -56,8 +61,8 @@ class RouterServicer:
 
     def Route(self, request, context):
         """Which pod decodes a request, and whether another one prefills it. The choice counts at once:
-        ask once per attempt. UNAVAILABLE when no pod may serve it now, INVALID_ARGUMENT when the
-        question makes no sense.
+        ask once per attempt. FAILED_PRECONDITION when no pod may serve it now (another replica may know
+        one), INVALID_ARGUMENT when the question makes no sense.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +77,13 @@ class RouterServicer:
 
     def Observe(self, request, context):
         """What the pod really had cached, so that a drifting index is noticed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Check(self, request, context):
+        """Whether this replica is worth asking.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +106,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Observe,
                     request_deserializer=quire_dot_proto_dot_router__pb2.ObserveRequest.FromString,
                     response_serializer=quire_dot_proto_dot_router__pb2.ObserveReply.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=quire_dot_proto_dot_router__pb2.CheckRequest.FromString,
+                    response_serializer=quire_dot_proto_dot_router__pb2.CheckReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,6 +194,33 @@ class Router:
             '/quire.v1.Router/Observe',
             quire_dot_proto_dot_router__pb2.ObserveRequest.SerializeToString,
             quire_dot_proto_dot_router__pb2.ObserveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.Router/Check',
+            quire_dot_proto_dot_router__pb2.CheckRequest.SerializeToString,
+            quire_dot_proto_dot_router__pb2.CheckReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,26 +33,30 @@ class RouterStub:
     def __new__(cls, channel: _aio.Channel) -> RouterAsyncStub: ...
     Route: _grpc.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteReply]
     """Which pod decodes a request, and whether another one prefills it. The choice counts at once:
-    ask once per attempt. UNAVAILABLE when no pod may serve it now, INVALID_ARGUMENT when the
-    question makes no sense.
+    ask once per attempt. FAILED_PRECONDITION when no pod may serve it now (another replica may know
+    one), INVALID_ARGUMENT when the question makes no sense.
     """
     Explain: _grpc.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainReply]
     """Why: the pods as they were, and what each would have cost. NOT_FOUND when no longer kept."""
     Observe: _grpc.UnaryUnaryMultiCallable[_router_pb2.ObserveRequest, _router_pb2.ObserveReply]
     """What the pod really had cached, so that a drifting index is noticed."""
+    Check: _grpc.UnaryUnaryMultiCallable[_router_pb2.CheckRequest, _router_pb2.CheckReply]
+    """Whether this replica is worth asking."""
 
 @_typing.type_check_only
 class RouterAsyncStub(RouterStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Route: _aio.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteReply]  # type: ignore[assignment]
     """Which pod decodes a request, and whether another one prefills it. The choice counts at once:
-    ask once per attempt. UNAVAILABLE when no pod may serve it now, INVALID_ARGUMENT when the
-    question makes no sense.
+    ask once per attempt. FAILED_PRECONDITION when no pod may serve it now (another replica may know
+    one), INVALID_ARGUMENT when the question makes no sense.
     """
     Explain: _aio.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainReply]  # type: ignore[assignment]
     """Why: the pods as they were, and what each would have cost. NOT_FOUND when no longer kept."""
     Observe: _aio.UnaryUnaryMultiCallable[_router_pb2.ObserveRequest, _router_pb2.ObserveReply]  # type: ignore[assignment]
     """What the pod really had cached, so that a drifting index is noticed."""
+    Check: _aio.UnaryUnaryMultiCallable[_router_pb2.CheckRequest, _router_pb2.CheckReply]  # type: ignore[assignment]
+    """Whether this replica is worth asking."""
 
 class RouterServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -62,8 +66,8 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.RouteReply, _abc.Awaitable[_router_pb2.RouteReply]]:
         """Which pod decodes a request, and whether another one prefills it. The choice counts at once:
-        ask once per attempt. UNAVAILABLE when no pod may serve it now, INVALID_ARGUMENT when the
-        question makes no sense.
+        ask once per attempt. FAILED_PRECONDITION when no pod may serve it now (another replica may know
+        one), INVALID_ARGUMENT when the question makes no sense.
         """
 
     @_abc_1.abstractmethod
@@ -81,5 +85,13 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.ObserveReply, _abc.Awaitable[_router_pb2.ObserveReply]]:
         """What the pod really had cached, so that a drifting index is noticed."""
+
+    @_abc_1.abstractmethod
+    def Check(
+        self,
+        request: _router_pb2.CheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.CheckReply, _abc.Awaitable[_router_pb2.CheckReply]]:
+        """Whether this replica is worth asking."""
 
 def add_RouterServicer_to_server(servicer: RouterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

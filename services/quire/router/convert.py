@@ -36,6 +36,23 @@ def query_from(request: router_pb2.RouteRequest) -> RouteQuery:
         raise ApiError("invalid_value", str(error)) from None
 
 
+def query_to(query: RouteQuery) -> router_pb2.RouteRequest:
+    """A question on the wire."""
+    request = router_pb2.RouteRequest(
+        model=query.model,
+        hashes=query.hashes,
+        prompt_len=query.prompt_len,
+        expected_output=query.expected_output,
+        priority=query.priority,
+        session=query.session,
+        request_id=query.request_id,
+        exclude_pods=sorted(query.exclude),
+    )
+    if query.deadline_s is not None:
+        request.deadline_ms = max(0, round(query.deadline_s * 1000))
+    return request
+
+
 def reply_to(decision: Decision) -> router_pb2.RouteReply:
     """A decision on the wire."""
     return router_pb2.RouteReply(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _STATUS = {
     "invalid_value": grpc.StatusCode.INVALID_ARGUMENT,
-    "not_ready": grpc.StatusCode.UNAVAILABLE,
+    "not_ready": grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 
@@ -45,6 +45,15 @@ class RouterService(router_pb2_grpc.RouterServicer):
         """What a pod really had cached; of no use, and no error, when the decision is forgotten."""
         self._router.observe(request.decision_id, request.cached_tokens)
         return router_pb2.ObserveReply()
+
+    async def Check(
+        self,
+        request: router_pb2.CheckRequest,
+        context: grpc.aio.ServicerContext[router_pb2.CheckRequest, router_pb2.CheckReply],
+    ) -> router_pb2.CheckReply:
+        """Whether asking is of use."""
+        states = self._router.fleet.states(self._router.clock())
+        return router_pb2.CheckReply(pods_serving=states["serving"])
 
     async def Explain(
         self,

@@ -46,6 +46,13 @@ async def running(*scripts, patience=None, ready=None):
         assert [fake.num_open for fake in fakes] == [0] * len(fakes)
 
 
+async def sent_to(worker):
+    """Until the worker has a request."""
+    async with asyncio.timeout(5):
+        while not worker.submitted:
+            await asyncio.sleep(0)
+
+
 async def read(workers, *submits):
     """Token ids and finish reason of each choice of each request."""
     got = [{c: [] for c in range(s.sampling.n)} for s in submits]
@@ -202,7 +209,7 @@ async def test_a_gap_is_asked_for_again_and_the_worker_told(position):
 
     async with running(gap, speak(TOKENS), ready=1) as (workers, made, losses):
         reading = asyncio.create_task(read(workers, request()))
-        await asyncio.sleep(0)
+        await sent_to(made[0])
         made[1].ready = True
         got, _ = await reading
         assert got == [{0: TOKENS}]
@@ -235,7 +242,7 @@ async def test_what_one_refuses_another_does(code, count):
 
     async with running(refuse, speak(TOKENS), ready=1) as (workers, made, losses):
         reading = asyncio.create_task(read(workers, request()))
-        await asyncio.sleep(0)
+        await sent_to(made[0])
         made[1].ready = True
         got, _ = await reading
         assert got == [{0: TOKENS}]
@@ -299,9 +306,9 @@ async def test_a_client_that_leaves_while_its_request_waits_leaves_nothing():
             await replies.next()
             await asyncio.sleep(0.01)
             assert len(workers._tasks) == 1
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert not workers._tasks
+        async with asyncio.timeout(5):
+            while workers._tasks:
+                await asyncio.sleep(0)
 
 
 async def test_a_draining_worker_hands_its_requests_over():
@@ -327,7 +334,7 @@ async def test_only_the_same_model_can_go_on():
         fakes += made
         made[1].ready = False
         reading = asyncio.create_task(read(workers, request()))
-        await asyncio.sleep(0)
+        await sent_to(made[0])
         made[1].model = worker_pb2.ModelInfo(model="m", fingerprint=b"other")
         made[1].ready = True
         with pytest.raises(ApiError, match="was lost"):

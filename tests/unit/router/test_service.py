@@ -120,8 +120,8 @@ async def test_what_was_really_cached_comes_back(pair):
     [
         (router_pb2.RouteRequest(), grpc.StatusCode.INVALID_ARGUMENT),
         (router_pb2.RouteRequest(prompt_len=9, hashes=b"123"), grpc.StatusCode.INVALID_ARGUMENT),
-        (question(1, model="other"), grpc.StatusCode.UNAVAILABLE),
-        (question(1, exclude_pods=["a", "b"]), grpc.StatusCode.UNAVAILABLE),
+        (question(1, model="other"), grpc.StatusCode.FAILED_PRECONDITION),
+        (question(1, exclude_pods=["a", "b"]), grpc.StatusCode.FAILED_PRECONDITION),
     ],
     ids=["no prompt", "broken hashes", "a model nobody serves", "all pods failed it"],
 )
