@@ -219,6 +219,13 @@ class Program:
         self._profile = (ctypes.c_double * self._num_ops)()
         self._library.quire_program_set_profile(self._handle, self._profile)
 
+    def progress(self) -> float:
+        """Grows with each operation of a step that ends, once `start_profile` was called. Any thread.
+
+        A step in progress whose figure stands still is stuck in one operation.
+        """
+        return 0.0 if self._profile is None else sum(self._profile)
+
     def profile(self) -> list[tuple[str, float]]:
         """(kind, seconds) of each operation, summed over the runs since `start_profile`."""
         if self._profile is None:

@@ -91,6 +91,7 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._last_progress = time.monotonic()
         self._busy = False
+        self._seen = 0.0  # of the runner's progress within steps
         self.state = self._look()
 
     def start(self) -> None:
@@ -126,8 +127,13 @@ class EngineLoop:
         self._inbox.put(lambda: function(self.engine))
 
     def stalled_s(self) -> float:
-        """Seconds without progress while there is work, 0 when idle. Any thread."""
-        return time.monotonic() - self._last_progress if self._busy else 0.0
+        """Seconds without progress while there is work, 0 when idle. To be asked every few seconds
+        at least: what a long step does in between is seen only when somebody looks."""
+        if not self._busy:
+            return 0.0
+        if (progress := self.engine.runner.progress()) != self._seen:
+            self._seen, self._last_progress = progress, time.monotonic()
+        return time.monotonic() - self._last_progress
 
     def _run(self) -> None:
         try:

@@ -58,6 +58,9 @@ class Backend(Protocol):
     def compute(self, inputs: StepInputs) -> Logits:
         """Run the model on a step."""
 
+    def progress(self) -> float:
+        """Changes while `compute` gets on within a step, where that can be seen. Any thread."""
+
     def sample(self, logits: Logits, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:
         """Draw tokens: [N] int32; and [N] bool, set where a draw had no finite logit."""
 
@@ -95,6 +98,7 @@ class CpuBackend:
         self._program = self._pool = None
         self._pool = alloc_pool(self.layout, num_blocks)
         self._program = self.ops.finish(model.forward(self.ops), self._pool)
+        self._program.start_profile()  # two looks at the clock per operation buy `progress`
 
     def host_pool(self) -> np.ndarray | None:
         """The pool itself."""
@@ -114,6 +118,10 @@ class CpuBackend:
     def compute(self, inputs: StepInputs) -> np.ndarray:
         """Replay the step."""
         return self.program.run(inputs)
+
+    def progress(self) -> float:
+        """Changes with every operation of a step."""
+        return self.program.progress()
 
     def sample(self, logits: np.ndarray, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:
         """Draw tokens: [N] int32, and [N] bool for draws without a finite logit."""
@@ -170,6 +178,10 @@ class TorchBackend:
         self.ops.begin(inputs)
         logits: torch.Tensor = self._model.forward(self.ops)
         return logits
+
+    def progress(self) -> float:
+        """Nothing can be seen within a step."""
+        return 0.0
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:

@@ -38,6 +38,8 @@ class FakeRunner:
         self.vocab_size = vocab_size
         self.broken_seeds: set[int] = set()
         """Seeds of requests for which the model gives no number."""
+        self.operations = 0
+        """What `progress` shows."""
         self.slots = np.full((num_blocks, BLOCK_SIZE), EMPTY, np.int64)
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -63,6 +65,10 @@ class FakeRunner:
             logprobs=_zeros(len(plan.logprob_draws), plan.num_logprobs),
             prompt_logprobs=_zeros(len(plan.prompt_rows), plan.num_prompt_logprobs),
         )
+
+    def progress(self) -> float:
+        """What the test says."""
+        return float(self.operations)
 
     def _read(self, block_table: np.ndarray, length: int) -> list[int]:
         blocks = block_table[: -(-length // BLOCK_SIZE)]

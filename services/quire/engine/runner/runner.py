@@ -36,6 +36,10 @@ class ModelRunner:
             prompt_logprobs=self._prompt_logprobs(plan, logits),
         )
 
+    def progress(self) -> float:
+        """Changes while a step gets on, where that can be seen. Any thread."""
+        return self.backend.progress()
+
     def _drawn_logprobs(
         self, plan: StepPlan, logits: Logits, drawn: np.ndarray
     ) -> LogprobArrays | None:
