@@ -49,7 +49,7 @@ def test_a_config_cannot_be_changed_and_shows_no_secret():
         ({"max_num_seqs": 2.5}, "max_num_seqs: an integer is needed, not 2.5"),
         ({"enforce_eager": 1}, "enforce_eager: a truth is needed"),
         ({"trust_remote_code": True}, "never run"),
-        ({"tensor_parallel_size": 2}, "only 1 works"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"memory_utilization": 0.5, "gpu-memory-utilization": 0.6}, "given twice"),
         ({"block_size": 32}, "block_size is fixed at 16"),

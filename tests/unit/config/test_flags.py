@@ -108,7 +108,7 @@ def test_the_config_file_may_come_from_the_environment(tmp_path):
         (["--dtype", "fp16"], "--dtype: must be one of auto, float32"),
         (["--gpu-memory-utilization", "x"], "--gpu-memory-utilization: a number is needed"),
         (["--trust-remote-code"], "--trust-remote-code: code from a model repository"),
-        (["-tp", "2"], "only 1 works"),
+        (["-tp", "0"], "must be at least 1"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size: pipeline"),
         (["--host", "0.0.0.0"], "--allow-unauthenticated"),
         (["--enforce-eager=yes"], "ignored explicit argument"),

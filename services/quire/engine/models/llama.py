@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quire.engine.models.partition import WHOLE, Partition
 from quire.engine.models.rope import build_rope
 from quire.kernels.ops import AttentionShape
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from quire.engine.models.config import ModelConfig
     from quire.engine.models.weights import Weights
     from quire.kernels.ops import Linear, Ops, Rope, Value
+    from quire.transfer.layout import Shard
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,29 @@ class Layer:
 
 
 class Llama:
-    """A decoder over `Ops`; holds packed weights, computes nothing by itself."""
+    """A decoder over `Ops`, or one rank's part of it; holds packed weights, computes nothing by
+    itself."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, weights: Weights, max_positions: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        weights: Weights,
+        max_positions: int,
+        shard: Shard = WHOLE,
+    ) -> None:
         self.config = config
         self.eps = config.norm_eps
         self.rope: Rope = build_rope(config.rope, max_positions)
-        self.embedding = ops.pack_embedding(weights.take("model.embed_tokens.weight"))
-        self.layers = [_load_layer(config, ops, weights, i) for i in range(config.num_layers)]
+        loader = _Loader(config, ops, weights, Partition.of(config, shard))
+        self.embedding = loader.table("model.embed_tokens.weight")
+        self.layers = [loader.layer(i) for i in range(config.num_layers)]
         self.norm = weights.take("model.norm.weight")
         if config.tie_embeddings:
             self.head = self.embedding
             weights.ignore("lm_head.weight")
         else:
-            self.head = ops.pack_embedding(weights.take("lm_head.weight"))
+            self.head = loader.table("lm_head.weight")
 
     def forward(self, ops: Ops) -> Value:
         """Logits [R, V] of the step that `ops` holds."""
@@ -67,46 +78,64 @@ class Llama:
         return ops.logits(ops.rms_norm(x, self.norm, self.eps), self.head)
 
 
-def _load_layer(config: ModelConfig, ops: Ops, weights: Weights, index: int) -> Layer:
-    prefix = f"model.layers.{index}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+@dataclass(frozen=True)
+class _Loader:
+    """Packs one rank's part of the weights."""
 
-    def bias(name: str, present: bool) -> torch.Tensor | None:
-        return weights.take(f"{name}.bias") if present else None
+    config: ModelConfig
+    ops: Ops
+    weights: Weights
+    part: Partition
 
-    def linear(name: str, has_bias: bool) -> Linear:
-        return ops.pack_linear([weights.take(f"{name}.weight")], [bias(name, has_bias)])
+    def table(self, name: str) -> Linear:
+        rows = self.weights.take(name, self.part.vocabulary)
+        return self.ops.pack_embedding(rows, self.config.vocab_size)
 
-    projections = [f"{attention}.{p}_proj" for p in "qkv"]
-    qkv = ops.pack_linear(
-        [weights.take(f"{name}.weight") for name in projections],
-        [bias(name, config.qkv_bias) for name in projections],
-    )
-    norms = None
-    if config.qk_norm:
-        q_norm = weights.take(f"{attention}.q_norm.weight")
-        k_norm = weights.take(f"{attention}.k_norm.weight")
-        norms = (q_norm, k_norm, config.norm_eps)
-    shape = AttentionShape(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        scale=config.head_dim**-0.5,
-        window=config.windows[index],
-    )
-    return Layer(
-        index=index,
-        input_norm=weights.take(f"{prefix}.input_layernorm.weight"),
-        qkv=qkv,
-        qk_norms=norms,
-        shape=shape,
-        o=linear(f"{attention}.o_proj", config.o_bias),
-        post_norm=weights.take(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up=ops.pack_gate_up(
-            weights.take(f"{mlp}.gate_proj.weight"), weights.take(f"{mlp}.up_proj.weight")
-        ),
-        down=linear(f"{mlp}.down_proj", False),
-    )
+    def layer(self, index: int) -> Layer:
+        config, weights = self.config, self.weights
+        prefix = f"model.layers.{index}"
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        norms = None
+        if config.qk_norm:
+            q_norm = weights.take(f"{attention}.q_norm.weight")
+            k_norm = weights.take(f"{attention}.k_norm.weight")
+            norms = (q_norm, k_norm, config.norm_eps)
+        gate, up = (
+            weights.take(f"{mlp}.{name}_proj.weight", self.part.inner) for name in ("gate", "up")
+        )
+        return Layer(
+            index=index,
+            input_norm=weights.take(f"{prefix}.input_layernorm.weight"),
+            qkv=self._qkv(attention),
+            qk_norms=norms,
+            shape=AttentionShape(
+                num_heads=self.part.num_heads,
+                num_kv_heads=self.part.num_kv_heads,
+                head_dim=config.head_dim,
+                scale=config.head_dim**-0.5,
+                window=config.windows[index],
+            ),
+            o=self._summed(f"{attention}.o_proj", self.part.q, config.o_bias),
+            post_norm=weights.take(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self.ops.pack_gate_up(gate, up),
+            down=self._summed(f"{mlp}.down_proj", self.part.inner, False),
+        )
+
+    def _qkv(self, attention: str) -> Linear:
+        """[(nh + 2 nkv) hd, H] of this rank's heads."""
+        parts = {"q": self.part.q, "k": self.part.kv, "v": self.part.kv}
+        names = [(f"{attention}.{name}_proj", rows) for name, rows in parts.items()]
+        take, has_bias = self.weights.take, self.config.qkv_bias
+        return self.ops.pack_linear(
+            [take(f"{name}.weight", rows) for name, rows in names],
+            [take(f"{name}.bias", rows) if has_bias else None for name, rows in names],
+        )
+
+    def _summed(self, name: str, columns: range, has_bias: bool) -> Linear:
+        """A matrix whose products are summed over ranks, so that the bias is one rank's to add."""
+        weight = self.weights.take(f"{name}.weight", None, columns)
+        bias = self.weights.take(f"{name}.bias") if has_bias else None
+        return self.ops.pack_linear([weight], [None if self.part.shard.rank else bias])
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -25,8 +25,13 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 class Weights(Protocol):
     """Where a model takes its weights from."""
 
-    def take(self, name: str) -> torch.Tensor:
-        """The tensor of that name, in the checkpoint's dtype; raises ValueError when missing."""
+    def take(
+        self, name: str, rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
+        """The tensor of that name, or some rows or columns of it, in the checkpoint's dtype.
+
+        Raises ValueError when it is missing.
+        """
 
     def ignore(self, name: str) -> None:
         """The tensor, if there, is not needed."""
@@ -63,8 +68,11 @@ class SafetensorsWeights:
     ) -> None:
         self._stack.close()
 
-    def take(self, name: str) -> torch.Tensor:
-        """The tensor of that name; raises ValueError when missing or already taken."""
+    def take(
+        self, name: str, rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
+        """The tensor, or a part of it: a view of the mapped file, of which only what is used is
+        read. Raises ValueError when it is missing or already taken."""
         file = self._files.pop(name, None)
         if file is None:
             raise ValueError(f"the checkpoint has no tensor {name!r}")
@@ -72,7 +80,7 @@ class SafetensorsWeights:
         self._taken += tensor.nbytes
         if self._progress is not None:
             self._progress(self._taken, self.total_bytes)
-        return tensor
+        return _part(tensor, rows, columns)
 
     def ignore(self, name: str) -> None:
         """The tensor, if there, is not needed."""
@@ -94,15 +102,27 @@ class DummyWeights:
         self._dtype = dtype
         self._generator = torch.Generator().manual_seed(seed)
 
-    def take(self, name: str) -> torch.Tensor:
-        """Norms are ones, everything else is normal with the usual initial deviation of 0.02."""
+    def take(
+        self, name: str, rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
+        """Norms are ones, everything else is normal with the usual initial deviation of 0.02.
+
+        A rank draws all of a tensor to keep its part: the model is the same at any degree.
+        """
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=self._dtype)
-        return torch.randn(shape, generator=self._generator).mul_(0.02).to(self._dtype)
+        whole = torch.randn(shape, generator=self._generator).mul_(0.02)
+        return _part(whole, rows, columns).to(self._dtype)
 
     def ignore(self, name: str) -> None:
         """Nothing is left over."""
+
+
+def _part(tensor: torch.Tensor, rows: range | None, columns: range | None) -> torch.Tensor:
+    if rows is not None:
+        tensor = tensor[rows.start : rows.stop]
+    return tensor if columns is None else tensor[:, columns.start : columns.stop]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -16,13 +16,16 @@ from quire.engine.scheduler.plan import LogprobArrays
 from quire.kernels import torch_sampler
 from quire.kernels.cpu import KV_ORDERS, CpuOps, StepLimits, Team, alloc_pool
 from quire.kernels.cpu.sampler import CpuSampler
+from quire.kernels.group import ALONE
 from quire.kernels.layout import KvLayout, KvOrder
 from quire.kernels.torch_ops import TorchOps
+from quire.transfer.layout import Shard, heads_of
 
 if TYPE_CHECKING:
     from quire.engine.models.config import ModelConfig
     from quire.engine.models.llama import Llama
     from quire.kernels.cpu import Program
+    from quire.kernels.group import Group
     from quire.kernels.ops import Ops, StepInputs
     from quire.kernels.sampling import SamplingBatch
 
@@ -84,11 +87,16 @@ class CpuBackend:
     is_batch_invariant = True
 
     def __init__(
-        self, model: ModelConfig, dtype: str, limits: StepLimits, num_threads: int | None
+        self,
+        model: ModelConfig,
+        dtype: str,
+        limits: StepLimits,
+        num_threads: int | None,
+        group: Group = ALONE,
     ) -> None:
-        self.layout = kv_layout(model, dtype, KV_ORDERS[dtype])
+        self.layout = kv_layout(model, dtype, KV_ORDERS[dtype], group)
         self._team = Team(num_threads)
-        self.ops = CpuOps(self.layout, limits, self._team)
+        self.ops = CpuOps(self.layout, limits, self._team, group)
         self._sampler = CpuSampler(self._team)
         self._program: Program | None = None
         self._pool: np.ndarray | None = None
@@ -145,11 +153,11 @@ class TorchBackend:
 
     is_batch_invariant = False
 
-    def __init__(self, model: ModelConfig, dtype: str, device: str) -> None:
-        self.layout = kv_layout(model, dtype, KvOrder.PLAIN)
+    def __init__(self, model: ModelConfig, dtype: str, device: str, group: Group = ALONE) -> None:
+        self.layout = kv_layout(model, dtype, KvOrder.PLAIN, group)
         self.device = torch.device(device)
         self.device_type = self.device.type
-        self.ops = TorchOps(self.layout, 1, device)
+        self.ops = TorchOps(self.layout, 1, device, group=group)
         self._model: Llama | None = None
 
     def allocate(self, model: Llama, num_blocks: int) -> None:
@@ -208,6 +216,7 @@ class TorchBackend:
         return available, available
 
 
-def kv_layout(model: ModelConfig, dtype: str, order: KvOrder) -> KvLayout:
+def kv_layout(model: ModelConfig, dtype: str, order: KvOrder, group: Group) -> KvLayout:
     """The KV blocks of a model on one rank."""
-    return KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, dtype, order)
+    num_kv_heads = len(heads_of(model.num_kv_heads, Shard(group.rank, group.size)))
+    return KvLayout(model.num_layers, num_kv_heads, model.head_dim, dtype, order)

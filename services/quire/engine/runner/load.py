@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -12,6 +13,7 @@ import torch
 
 from quire.engine.models.config import ModelConfig, read_config
 from quire.engine.models.llama import Llama, weight_shapes
+from quire.engine.models.partition import check_degree
 from quire.engine.models.source import CHECKPOINT_FILES, fingerprint
 from quire.engine.models.weights import DummyWeights, SafetensorsWeights
 from quire.engine.request import BLOCK_SIZE
@@ -19,12 +21,16 @@ from quire.engine.runner import memory
 from quire.engine.runner.backend import Backend, CpuBackend, StepLimits, TorchBackend
 from quire.engine.runner.runner import ModelRunner, largest_step
 from quire.kernels.cpu import CpuKernelsUnavailable
+from quire.kernels.group import ALONE
 from quire.text.folder import locate
+from quire.transfer.layout import Shard
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from quire.config.engine import EngineConfig
+    from quire.engine.parallel.gang import Gang
+    from quire.kernels.group import Group
 
 logger = logging.getLogger(__name__)
 
@@ -65,39 +71,112 @@ class LoadedModel:
     max_model_len: int
     dtype: str
     device: str
+    gang: Gang | None = None
+    """The other ranks, when there are any."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place: its group, and where it is among the ranks on this host."""
+
+    group: Group = ALONE
+    local_rank: int = 0
+    local_size: int = 1
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A checkpoint and how it is to be computed; the same on every rank."""
+
+    options: EngineConfig
+    folder: Path
+    config: ModelConfig
+    dtype: str
+    max_model_len: int
+    limits: StepLimits
+
+
+@dataclass(frozen=True)
+class LoadedRank:
+    """One rank's part of a model, ready to step."""
+
+    runner: ModelRunner
+    device: str
 
 
 def load_model(config: EngineConfig, report: Report) -> LoadedModel:
-    """Load the model that `config` names.
+    """Load the model that `config` names; with tensor parallelism, start the other ranks first.
 
     Raises ValueError (and its kinds ModelNotFound, UnsupportedModel, KvCacheTooSmall) with one
-    line that says what to change.
+    line that says what to change, RankFailed (a RuntimeError) when another rank is lost.
     """
     report(Startup("resolve", config.model))
+    choice = find_model(config)
+    if config.tensor_parallel_size == 1:
+        return _loaded(choice, load_rank(choice, Place(), report))
+    from quire.engine.parallel.gang import Gang
+    from quire.engine.parallel.runner import ParallelRunner
+
+    size = config.tensor_parallel_size
+    report(Startup("ranks", f"{size} processes"))
+    gang = Gang.start(replace(config, model=str(choice.folder)))
+    try:
+        rank = load_rank(choice, Place(gang.join(), 0, size), report)
+        gang.loaded()
+    except Exception as error:
+        gang.give_up(error)
+        raise
+    runner = ParallelRunner(rank.runner, gang)
+    return replace(_loaded(choice, LoadedRank(runner, rank.device)), gang=gang)
+
+
+def _loaded(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
+    return LoadedModel(
+        config=choice.config,
+        runner=rank.runner,
+        folder=choice.folder,
+        fingerprint=fingerprint(choice.folder, choice.dtype),
+        max_model_len=choice.max_model_len,
+        dtype=choice.dtype,
+        device=rank.device,
+    )
+
+
+def find_model(config: EngineConfig) -> ModelChoice:
+    """Resolve the model's files and check the options against it. Raises ValueError."""
     folder = locate(config.model, config.revision, CHECKPOINT_FILES)
-    model_config = read_config(folder)
-    dtype = _dtype(config, model_config)
-    device = _device(config)
-    max_model_len = _max_model_len(config, model_config)
+    model = read_config(folder)
+    check_degree(model, config.tensor_parallel_size)
+    max_model_len = _max_model_len(config, model)
     limits = _limits(config, max_model_len)
-    backend = _backend(config, model_config, dtype, device, limits)
+    return ModelChoice(config, folder, model, _dtype(config, model), max_model_len, limits)
+
+
+def load_rank(choice: ModelChoice, place: Place, report: Report) -> LoadedRank:
+    """Load one rank's part of a model. Every rank of the group does so at the same time.
+
+    Raises ValueError with one line for the user, RuntimeError when another rank is lost.
+    """
+    device = _device(choice.options, place)
+    backend = _backend(choice, place, device)
     start = time.monotonic()
-    model = _load_weights(config, model_config, folder, backend, report)
-    logger.info("loaded %s as %s in %.1f s", config.model, dtype, time.monotonic() - start)
-    budget = _budget(config, backend, model, limits, report)
-    num_blocks = memory.num_blocks(budget, backend.layout.block_bytes, max_model_len)
+    model = _load_weights(choice, place, backend, report)
+    took = time.monotonic() - start
+    logger.info("loaded %s as %s in %.1f s", choice.options.model, choice.dtype, took)
+    budget = _budget(choice, place, backend, model, report)
+    num_blocks = memory.num_blocks(budget, backend.layout.block_bytes, choice.max_model_len)
+    num_blocks = _least(place.group, num_blocks)
     report(Startup("warm_up", f"{num_blocks} KV blocks"))
     backend.allocate(model, num_blocks)
-    _warm_up(backend, limits, num_blocks)
-    return LoadedModel(
-        config=model_config,
-        runner=ModelRunner(backend, limits, num_blocks),
-        folder=folder,
-        fingerprint=fingerprint(folder, dtype),
-        max_model_len=max_model_len,
-        dtype=dtype,
-        device=device,
-    )
+    _warm_up(backend, choice.limits, num_blocks)
+    return LoadedRank(ModelRunner(backend, choice.limits, num_blocks), device.partition(":")[0])
+
+
+def _least(group: Group, num_blocks: int) -> int:
+    """What every rank has room for."""
+    everyones = np.empty(group.size, np.int64)
+    group.all_gather(everyones, np.array([num_blocks], np.int64))
+    return int(everyones.min())
 
 
 def _dtype(config: EngineConfig, model: ModelConfig) -> str:
@@ -107,11 +186,19 @@ def _dtype(config: EngineConfig, model: ModelConfig) -> str:
     return dtype
 
 
-def _device(config: EngineConfig) -> str:
+def _device(config: EngineConfig, place: Place) -> str:
+    """The torch name of this rank's device."""
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise ValueError("--device cuda was asked for, but torch finds no CUDA device")
-    return ("cuda" if has_cuda else "cpu") if config.device == "auto" else config.device
+    if config.device == "cpu" or not has_cuda:
+        return "cpu"
+    if place.local_size > torch.cuda.device_count():
+        raise ValueError(
+            f"tensor_parallel_size={place.local_size} needs as many CUDA devices, but torch finds "
+            f"{torch.cuda.device_count()}: give a smaller --tensor-parallel-size, or --device cpu"
+        )
+    return "cuda" if place.local_size == 1 else f"cuda:{place.local_rank}"
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -134,44 +221,53 @@ def _limits(config: EngineConfig, max_model_len: int) -> StepLimits:
     )
 
 
-def _backend(
-    config: EngineConfig, model: ModelConfig, dtype: str, device: str, limits: StepLimits
-) -> Backend:
+def _backend(choice: ModelChoice, place: Place, device: str) -> Backend:
     """The compiled kernels on a CPU, unless they are missing or single operations are asked for."""
+    config, model, dtype = choice.options, choice.config, choice.dtype
+    num_threads = _num_threads(config, place)
     if device == "cpu" and not config.enforce_eager:
         try:
-            return CpuBackend(model, dtype, limits, config.num_threads)
+            return CpuBackend(model, dtype, choice.limits, num_threads, place.group)
         except CpuKernelsUnavailable as error:
             logger.warning("%s: computing with torch, slower and not batch-invariant", error)
-    if device == "cpu" and config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    return TorchBackend(model, dtype, device)
+    if device == "cpu" and num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return TorchBackend(model, dtype, device, place.group)
 
 
-def _load_weights(
-    config: EngineConfig, model: ModelConfig, folder: Path, backend: Backend, report: Report
-) -> Llama:
+def _num_threads(config: EngineConfig, place: Place) -> int | None:
+    """This rank's share of the threads; None for one per CPU."""
+    if place.local_size == 1:
+        return config.num_threads
+    threads = config.num_threads or len(os.sched_getaffinity(0))
+    return max(1, threads // place.local_size)
+
+
+def _load_weights(choice: ModelChoice, place: Place, backend: Backend, report: Report) -> Llama:
+    model, ops = choice.config, backend.ops
+    shard = Shard(place.group.rank, place.group.size)
     # whole blocks: warm-up fills the last one
-    positions = -(-_max_model_len(config, model) // BLOCK_SIZE) * BLOCK_SIZE
-    if config.load_format == "dummy":
+    positions = -(-choice.max_model_len // BLOCK_SIZE) * BLOCK_SIZE
+    if choice.options.load_format == "dummy":
         report(Startup("load", "random weights"))
         dtype: torch.dtype = getattr(torch, backend.layout.dtype)
-        dummy = DummyWeights(weight_shapes(model), dtype, config.seed)
-        return Llama(model, backend.ops, dummy, positions)
+        dummy = DummyWeights(weight_shapes(model), dtype, choice.options.seed)
+        return Llama(model, ops, dummy, positions, shard)
 
     def progress(done: int, total: int) -> None:
         report(Startup("load", "weights", done, total, "bytes"))
 
-    with SafetensorsWeights(folder, progress) as weights:
-        llama = Llama(model, backend.ops, weights, positions)
+    with SafetensorsWeights(choice.folder, progress) as weights:
+        llama = Llama(model, ops, weights, positions, shard)
         weights.finish()
     return llama
 
 
 def _budget(
-    config: EngineConfig, backend: Backend, model: Llama, limits: StepLimits, report: Report
+    choice: ModelChoice, place: Place, backend: Backend, model: Llama, report: Report
 ) -> memory.KvBudget:
     """Bytes for the KV cache: as configured, or what a profiling run of the largest step leaves."""
+    config, limits = choice.options, choice.limits
     if config.kv_cache_memory_bytes is not None:
         return memory.KvBudget(config.kv_cache_memory_bytes, "--kv-cache-memory-bytes")
     report(Startup("profile", "largest step"))
@@ -181,6 +277,8 @@ def _budget(
     # What the step needed is still held, so it is not counted as available.
     available, total = backend.memory_bytes()
     share = config.memory_utilization or DEFAULT_UTILIZATION[backend.device_type]
+    if backend.device_type == "cpu":
+        share /= place.local_size  # the ranks of this host share its memory
     budget = max(int(total * share) - (total - available), 0)
     source = f"{share:.0%} of {total / memory.GIB:.2f} GiB, less what is in use"
     if backend.device_type == "cpu":

@@ -1,0 +1,1 @@
+"""Tensor parallelism: one model over several processes. Imported only when asked for."""
