@@ -185,7 +185,8 @@ def test_a_pod_has_time_to_drain(rendered) -> None:
         options = yaml.safe_load(next(iter(config.values())))
         command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {})
         waited = float(command["command"][1]) if command else 0.0
-        draining = options.get("shutdown_timeout", 0)
+        draining = options.get("shutdown_timeout", 0) + options.get("drain_timeout_s", 0)
+        assert draining or workload["metadata"]["name"].endswith("-router")
         assert spec["terminationGracePeriodSeconds"] >= waited + draining + 10
     gateway = next(w for w in rendered.workloads if w["kind"] == "Deployment")
     assert "preStop" in gateway["spec"]["template"]["spec"]["containers"][0]["lifecycle"]

@@ -4,7 +4,6 @@
   targetLabel: role
 {{- end -}}
 
-{{- /* The gateway's page repeats its workers' metrics, which their own pages have already. */ -}}
 {{- define "quire.gatewayScrape" -}}
 path: /metrics
 interval: {{ .Values.monitoring.podMonitor.interval }}
@@ -16,8 +15,4 @@ authorization:
 {{- end }}
 relabelings:
   {{- include "quire.roleLabel" . | nindent 2 }}
-metricRelabelings:
-  - sourceLabels: [__name__]
-    regex: quire_gateway_.*|quire_build_info|process_.*
-    action: keep
 {{- end -}}

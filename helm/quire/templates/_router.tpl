@@ -13,7 +13,6 @@ pod:
 {{- end -}}
 
 {{- define "quire.gatewayConfig" -}}
-model: {{ .Values.model.uri | quote }}
 served_model_name:
   - {{ include "quire.modelName" . | quote }}
   {{- range .Values.model.aliases }}

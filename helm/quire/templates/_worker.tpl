@@ -12,6 +12,7 @@ revision: {{ . | quote }}
 device: {{ ternary "cuda" "cpu" (eq $pool.accelerator "nvidia") }}
 role: {{ ternary "both" .component (eq .component "unified") }}
 listen: 0.0.0.0:9000
+drain_timeout_s: {{ $pool.drainSeconds }}
 http_port: 9090
 log_format: json
 kv_host: 0.0.0.0

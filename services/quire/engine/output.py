@@ -21,12 +21,40 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteTimes:
+    """Seconds from first scheduled to first token, for a prompt that another pod was asked for.
+    They follow each other and sum to `Admission.prefill_s`."""
+
+    worker: str
+    """That was asked."""
+    failed: bool
+    """The prompt, or the rest of it, was computed here."""
+    ask_s: float
+    """Until it was accepted there, or until it had failed."""
+    queue_s: float
+    """There: received to first scheduled."""
+    prefill_s: float
+    """There: first scheduled to first token."""
+    transfer_s: float
+    """What of the transfer came after that, until the last block."""
+    commit_s: float
+    resume_s: float
+    """Commit or failure to first token here."""
+    cached_tokens: int = 0
+    """Prompt tokens that the other pod found in its cache."""
+    arrivals: tuple[tuple[float, int], ...] = ()
+    """(seconds since first scheduled, blocks), beside all this."""
+
+
+@dataclass(frozen=True, slots=True)
 class Admission:
     """What happened to a request before its first token."""
 
     cached_tokens: int
     queue_s: float
     prefill_s: float
+    transferred_tokens: int = 0
+    """Prompt tokens whose blocks another worker computed and pushed; none where that broke off."""
 
 
 @dataclass(slots=True)

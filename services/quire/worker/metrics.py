@@ -105,9 +105,11 @@ class EngineMetrics:
         num_prompt = len(live.request.prompt_token_ids)
         self._ttft.observe(admission.queue_s + admission.prefill_s)
         self._prompt.inc(num_prompt)
-        computed = num_prompt - admission.cached_tokens
+        moved = admission.transferred_tokens
+        computed = num_prompt - admission.cached_tokens - moved
         self._get(m.PROMPT_TOKENS_BY_SOURCE, "local_compute").inc(computed)
         self._get(m.PROMPT_TOKENS_BY_SOURCE, "local_cache_hit").inc(admission.cached_tokens)
+        self._get(m.PROMPT_TOKENS_BY_SOURCE, "external_kv_transfer").inc(moved)
         self._get(m.REQUEST_COMPUTED_TOKENS).observe(computed)
 
     def _finished(self, live: _Live, reason: FinishReason | None, now: float) -> None:

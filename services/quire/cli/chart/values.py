@@ -21,8 +21,10 @@ from quire.config.logs import LogConfig
 from quire.config.router import RouterConfig
 from quire.config.transfer import TransferConfig
 
-FOLLOWS_ELSEWHERE = ("model", "tokenizer", "revision", "device", "tensor_parallel_size")
-"""Engine options that other values decide; one process runs the whole model so far."""
+FOLLOWS_ELSEWHERE = (
+    "model", "tokenizer", "revision", "device", "drain_timeout_s", "tensor_parallel_size",
+)  # fmt: skip
+"""Engine options that other values decide; a pod runs the whole model so far."""
 PLACES = (
     "kv_host", "kv_advertised_host", "kv_tcp_port", "kv_grpc_port",
     "cluster_token", "cluster_tls_cert", "cluster_tls_key", "cluster_tls_ca",
@@ -179,7 +181,7 @@ def _gateway() -> Schema:
         replicas=whole("Gateways.", 1),
         options=options(
             "Options of `quire gateway`, as in docs/cli.md.",
-            GatewayConfig, LogConfig, except_for=(*GATEWAY_OWN, "log_format"),
+            GatewayConfig, RouterConfig, LogConfig, except_for=(*GATEWAY_OWN, "log_format"),
         ),
         env=many("Environment variables of the container.", free(K8S)),
         drainSeconds=whole("Time for requests in progress when a pod ends.", 1),

@@ -314,9 +314,11 @@ class Scheduler:
         if state.first_token is None:
             state.first_token = now
             scheduled = state.first_scheduled or now
+            cached = state.num_cached_tokens
             output.admission = Admission(
-                state.num_cached_tokens, scheduled - state.arrival, now - scheduled
-            )
+                cached, scheduled - state.arrival, now - scheduled,
+                transferred_tokens=seq.num_prompt - cached if state.is_remote else 0,
+            )  # fmt: skip
             output.prompt_logprobs = state.prompt_logprobs
         seq.append(token)
         reason = self._finish_reason(seq, token)

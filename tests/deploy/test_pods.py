@@ -1,0 +1,125 @@
+"""The commands of a rendered chart start, serve, and drain."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import httpx2
+from manifests import RELEASE
+
+if TYPE_CHECKING:
+    from local_pods import LocalPod, LocalRelease
+
+
+class Stream:
+    """A completion that streams in the background."""
+
+    def __init__(self, release: LocalRelease, tokens: int) -> None:
+        self._url = release.of("gateway")[0].url("http", "/v1/completions")
+        key = release.secret(f"{RELEASE}-quire-api-key", "api-key")
+        self._headers = {"Authorization": f"Bearer {key}"}
+        self._body = {
+            "model": "demo", "prompt": "import os\n\ndef list_files(path):\n" * 12,
+            "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True,
+        }  # fmt: skip
+        self.events: list[str] = []
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> Stream:
+        self._thread.start()
+        deadline = time.monotonic() + 60
+        while len(self.events) < 5:
+            assert self.error is None, self.error
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return self
+
+    def _run(self) -> None:
+        try:
+            with (
+                httpx2.Client(timeout=60) as client,
+                client.stream("POST", self._url, json=self._body, headers=self._headers) as answer,
+            ):
+                answer.raise_for_status()
+                for line in answer.iter_lines():
+                    if line.startswith("data: "):
+                        self.events.append(line[6:])
+        except httpx2.HTTPError as error:
+            self.error = error
+
+    def finish(self) -> str:
+        """The text. Raises AssertionError when the stream was cut off."""
+        self._thread.join(120)
+        assert self.error is None, self.error
+        assert self.events[-1] == "[DONE]", self.events[-1]
+        chunks = [json.loads(event) for event in self.events[:-1]]
+        assert not any("error" in chunk for chunk in chunks)
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        assert choices[-1]["finish_reason"] == "length"
+        return "".join(choice["text"] for choice in choices)
+
+
+def test_every_component_runs_and_its_probes_agree(release) -> None:
+    assert {pod.role for pod in release.pods.values()} == {"gateway", "router", "prefill", "decode"}
+    for pod in release.pods.values():
+        assert pod.process.poll() is None
+        for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert pod.probe(kind), f"{pod.name}: {kind}"
+
+
+def test_no_command_warns_of_its_options(release) -> None:
+    for pod in release.pods.values():
+        assert "warning:" not in pod.log, pod.log
+
+
+def test_helm_test_passes(release) -> None:
+    done = release.run_test_pod()
+    assert done.returncode == 0, done.stdout
+    assert "answer:" in done.stdout
+
+
+def test_prompts_move_from_the_prefill_pod_to_decode_pods(release) -> None:
+    Stream(release, 20).start().finish()
+    moved = 'quire_prompt_tokens_by_source_total{.*source="external_kv_transfer".*}'
+    assert sum(metric(release, pod, moved) for pod in release.of("decode")) > 64
+
+
+def test_who_does_not_know_the_token_gets_no_metrics(release) -> None:
+    for pod in release.pods.values():
+        port = "http" if pod.role == "gateway" else "status"
+        assert httpx2.get(pod.url(port, "/metrics")).status_code == 401
+
+
+def metric(release: LocalRelease, pod: LocalPod, pattern: str) -> float:
+    """A worker's sample whose name and labels match."""
+    token = release.secret(f"{RELEASE}-quire-cluster-token", "cluster-token")
+    page = httpx2.get(
+        pod.url("status", "/metrics"), headers={"Authorization": f"Bearer {token}"}
+    ).text
+    return float(re.search(rf"^{pattern} (\S+)$", page, re.M).group(1))
+
+
+def test_a_decode_pod_drained_under_a_stream_loses_nothing_of_it(release) -> None:
+    undisturbed = Stream(release, 400).start().finish()
+    stream = Stream(release, 400).start()
+    pod = max(
+        release.of("decode"), key=lambda pod: metric(release, pod, "quire_requests_running{.*}")
+    )
+    assert pod.terminate() == 0, pod.log
+    assert stream.finish() == undisturbed
+    pod.start()
+    pod.wait_for("readinessProbe")
+
+
+def test_a_drained_gateway_finishes_what_it_has(release) -> None:
+    gateway = release.of("gateway")[0]
+    stream = Stream(release, 600).start()
+    assert gateway.terminate() == 0, gateway.log
+    stream.finish()
+    gateway.start()
+    gateway.wait_for("readinessProbe")

@@ -1,0 +1,211 @@
+"""Pods of a render as processes of this machine: their commands, environment and mounted files.
+
+A pod has a loopback address of its own, so that all use the ports they use in a cluster. Names of
+pods become those addresses, and mount paths become folders; nothing else of a pod is changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from manifests import NAMESPACE, Render
+
+ENTRYPOINT = str(Path(sys.executable).parent / "quire")
+"""What the images start."""
+FIRST_ADDRESS = 16
+CPUS = "1"
+
+
+@dataclass
+class LocalPod:
+    """One pod, started or not."""
+
+    name: str
+    address: str
+    template: dict
+    folder: Path
+    release: LocalRelease
+    process: subprocess.Popen | None = None
+    files: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> dict:
+        return self.template["spec"]
+
+    @property
+    def container(self) -> dict:
+        (container,) = self.spec["containers"]
+        return container
+
+    @property
+    def role(self) -> str:
+        return self.template["metadata"]["labels"]["app.kubernetes.io/component"]
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def port(self, name: str) -> int:
+        return next(p["containerPort"] for p in self.container["ports"] if p["name"] == name)
+
+    def url(self, port: str, path: str = "") -> str:
+        return f"http://{self.address}:{self.port(port)}{path}"
+
+    def start(self) -> None:
+        """Start it, or a new one in its place."""
+        if not self.files:
+            self._mount()
+        environment = {"PATH": os.environ["PATH"], **self.environment()}
+        command = [self._here(part) for part in self.container.get("command", [ENTRYPOINT])]
+        command += [self._here(_expand(arg, environment)) for arg in self.container.get("args", ())]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """As the kubelet makes it."""
+        made = {}
+        for variable in self.container["env"]:
+            source = variable.get("valueFrom", {})
+            if "secretKeyRef" in source:
+                reference = source["secretKeyRef"]
+                value = self.release.secret(reference["name"], reference["key"])
+            elif "fieldRef" in source:
+                fields = {"metadata.name": self.name, "status.podIP": self.address}
+                value = fields[source["fieldRef"]["fieldPath"]]
+            elif "resourceFieldRef" in source:
+                assert source["resourceFieldRef"]["resource"] == "limits.cpu"
+                value = CPUS  # the tests' machine is small
+            else:
+                value = variable["value"]
+            made[variable["name"]] = self._here(value)
+        return made
+
+    def _mount(self) -> None:
+        volumes = {v["name"]: v for v in self.spec["volumes"]}
+        for mount in self.container["volumeMounts"]:
+            folder = self.folder / mount["name"]
+            folder.mkdir(parents=True)
+            self.files[mount["mountPath"]] = folder
+        for mount in self.container["volumeMounts"]:
+            volume = volumes[mount["name"]]
+            if "configMap" in volume:
+                data = self.release.render.named("ConfigMap", volume["configMap"]["name"])["data"]
+                for name, content in data.items():
+                    (self.files[mount["mountPath"]] / name).write_text(self._here(content))
+
+    def _here(self, text: str) -> str:
+        """Pods' names as addresses, every interface as this pod's, mount paths as folders."""
+        text = self.release.resolve(text).replace("0.0.0.0", self.address)
+        if not self.files:
+            return text
+        paths = "|".join(map(re.escape, self.files))
+        return re.sub(rf"(?<![\w/.])({paths})\b", lambda at: str(self.files[at.group(1)]), text)
+
+    def probe(self, kind: str) -> bool:
+        """One try of a probe, as the kubelet does it."""
+        probe = self.container[kind]
+        get = probe["httpGet"]
+        try:
+            with urllib.request.urlopen(
+                self.url(get["port"], get["path"]), timeout=probe["timeoutSeconds"]
+            ):
+                return True
+        except (urllib.error.HTTPError, OSError):
+            return False
+
+    def wait_for(self, kind: str) -> None:
+        """Until the probe succeeds; not longer than a start may take. Raises AssertionError."""
+        probe = self.container["startupProbe"]
+        deadline = time.monotonic() + probe["periodSeconds"] * probe["failureThreshold"]
+        while not self.probe(kind):
+            assert self.process.poll() is None, f"{self.name} ended:\n{self.log}"
+            assert time.monotonic() < deadline, f"{self.name}: {kind} fails\n{self.log}"
+            time.sleep(0.2)
+
+    def terminate(self) -> int:
+        """End it as the kubelet does; returns the exit code. Raises when it needs to be killed."""
+        grace = self.spec["terminationGracePeriodSeconds"]
+        began = time.monotonic()
+        hook = self.container.get("lifecycle", {}).get("preStop", {}).get("exec")
+        if hook:
+            subprocess.run(hook["command"], check=True, timeout=grace)
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(grace - (time.monotonic() - began))
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+
+
+class LocalRelease:
+    """All pods of a render, each a process. A context manager: at its end they are gone."""
+
+    def __init__(self, render: Render, folder: Path) -> None:
+        self.render = render
+        self.folder = folder
+        self.pods: dict[str, LocalPod] = {}
+        for workload in render.workloads:
+            name, template = workload["metadata"]["name"], workload["spec"]["template"]
+            for number in range(workload["spec"]["replicas"]):
+                stateful = workload["kind"] == "StatefulSet"
+                pod = f"{name}-{number}" if stateful else f"{name}-x{number}"
+                self._add(pod, template)
+
+    def _add(self, name: str, template: dict) -> LocalPod:
+        address = f"127.0.77.{FIRST_ADDRESS + len(self.pods)}"
+        self.pods[name] = LocalPod(name, address, template, self.folder / name, self)
+        return self.pods[name]
+
+    def of(self, role: str) -> list[LocalPod]:
+        return [pod for pod in self.pods.values() if pod.role == role]
+
+    def secret(self, name: str, key: str) -> str:
+        return base64.b64decode(self.render.named("Secret", name)["data"][key]).decode()
+
+    def resolve(self, text: str) -> str:
+        """Names of pods and services as the cluster's DNS has them, as addresses."""
+        for pod in self.pods.values():
+            service = pod.name.rpartition("-")[0]
+            text = text.replace(f"{pod.name}.{service}.{NAMESPACE}.svc", pod.address)
+        for service in self.render.of("Service"):
+            name = f"//{service['metadata']['name']}.{NAMESPACE}.svc:"
+            if name in text:
+                (port,) = service["spec"]["ports"]
+                pod = self.of(service["spec"]["selector"]["app.kubernetes.io/component"])[0]
+                there = f"//{pod.address}:{pod.port(port['targetPort'])}"
+                text = text.replace(f"{name}{port['port']}", there)
+        return text
+
+    def run_test_pod(self) -> subprocess.CompletedProcess[str]:
+        """What `helm test` does."""
+        (template,) = self.render.of("Pod")
+        pod = LocalPod("test", "127.0.0.1", template, self.folder / "test", self)
+        pod.start()
+        code = pod.process.wait(120)
+        return subprocess.CompletedProcess([], code, pod.log)
+
+    def __enter__(self) -> LocalRelease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pod in self.pods.values():
+            pod.kill()
+
+
+def _expand(arg: str, environment: dict[str, str]) -> str:
+    """`$(NAME)`, as the kubelet does it."""
+    return re.sub(r"\$\((\w+)\)", lambda found: environment[found.group(1)], arg)
