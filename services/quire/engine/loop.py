@@ -96,6 +96,8 @@ class EngineLoop:
 
     def start(self) -> None:
         """Start the thread."""
+        if self.engine.model.gang is not None:
+            self.engine.model.gang.watch(self._fail)
         self._thread.start()
 
     def stop(self, timeout_s: float) -> bool:
@@ -134,6 +136,14 @@ class EngineLoop:
         if (progress := self.engine.runner.progress()) != self._seen:
             self._seen, self._last_progress = progress, time.monotonic()
         return time.monotonic() - self._last_progress
+
+    def _fail(self, error: Exception) -> None:
+        """Another rank was lost: an idle engine would notice only at its next step. Any thread."""
+
+        def give_up() -> None:
+            raise error
+
+        self._inbox.put(give_up)
 
     def _run(self) -> None:
         try:

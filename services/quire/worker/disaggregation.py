@@ -72,6 +72,11 @@ class Disaggregation:
         """Listen for KV blocks. Raises OSError, or ValueError without a pool in host memory."""
         loop = around.loop
         model = loop.engine.model
+        if model.gang is not None:
+            raise ValueError(
+                f"KV blocks cannot be exchanged with tensor parallelism yet: run this worker "
+                f"without --tensor-parallel-size ({model.gang.size}), or prefill and decode in one"
+            )
         backend = model.runner.backend
         pool = backend.host_pool()
         if pool is None:
