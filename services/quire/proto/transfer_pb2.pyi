@@ -260,11 +260,14 @@ class KvCommit(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     META_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     tokens: _builtins.int
     digest: _builtins.int
     meta: _builtins.bytes
     """the caller's own"""
+    bytes_per_s: _builtins.int
+    """what the sender measured on this link; 0 = nothing yet"""
     def __init__(
         self,
         *,
@@ -272,10 +275,11 @@ class KvCommit(_message.Message):
         tokens: _builtins.int = ...,
         digest: _builtins.int = ...,
         meta: _builtins.bytes = ...,
+        bytes_per_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "digest", b"digest", "meta", b"meta", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "bytes_per_s", b"bytes_per_s", "digest", b"digest", "meta", b"meta", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -903,6 +903,7 @@ class ModelInfo(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    KV_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """path or hub id as given"""
     architecture: _builtins.str
@@ -924,6 +925,10 @@ class ModelInfo(_message.Message):
     """of this service, under which other workers reach it"""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def kv(self) -> _transfer_pb2.Hello:
+        """how its KV blocks are exchanged, without nonce and proof; absent: not at all"""
+
     def __init__(
         self,
         *,
@@ -941,10 +946,11 @@ class ModelInfo(_message.Message):
         incarnation: _builtins.int = ...,
         device: _builtins.str = ...,
         address: _builtins.str = ...,
+        kv: _transfer_pb2.Hello | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "architecture", b"architecture", "block_bytes", b"block_bytes", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "architecture", b"architecture", "block_bytes", b"block_bytes", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "incarnation", b"incarnation", "kv", b"kv", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1192,6 +1198,7 @@ class ControlRequest(_message.Message):
     SET_ROLE_FIELD_NUMBER: _builtins.int
     SLEEP_FIELD_NUMBER: _builtins.int
     WAKE_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def reset_prefix_cache(self) -> Global___ResetPrefixCache: ...
     @_builtins.property
@@ -1206,6 +1213,8 @@ class ControlRequest(_message.Message):
     def sleep(self) -> Global___Sleep: ...
     @_builtins.property
     def wake(self) -> Global___Wake: ...
+    @_builtins.property
+    def probe(self) -> Global___Probe: ...
     def __init__(
         self,
         *,
@@ -1216,12 +1225,13 @@ class ControlRequest(_message.Message):
         set_role: Global___SetRole | None = ...,
         sleep: Global___Sleep | None = ...,
         wake: Global___Wake | None = ...,
+        probe: Global___Probe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["collect_metrics", b"collect_metrics", "command", b"command", "drain", b"drain", "health", b"health", "reset_prefix_cache", b"reset_prefix_cache", "set_role", b"set_role", "sleep", b"sleep", "wake", b"wake"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["collect_metrics", b"collect_metrics", "command", b"command", "drain", b"drain", "health", b"health", "probe", b"probe", "reset_prefix_cache", b"reset_prefix_cache", "set_role", b"set_role", "sleep", b"sleep", "wake", b"wake"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collect_metrics", b"collect_metrics", "command", b"command", "drain", b"drain", "health", b"health", "reset_prefix_cache", b"reset_prefix_cache", "set_role", b"set_role", "sleep", b"sleep", "wake", b"wake"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collect_metrics", b"collect_metrics", "command", b"command", "drain", b"drain", "health", b"health", "probe", b"probe", "reset_prefix_cache", b"reset_prefix_cache", "set_role", b"set_role", "sleep", b"sleep", "wake", b"wake"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["reset_prefix_cache", "collect_metrics", "health", "drain", "set_role", "sleep", "wake"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["reset_prefix_cache", "collect_metrics", "health", "drain", "set_role", "sleep", "wake", "probe"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -1368,6 +1378,43 @@ class Wake(_message.Message):
 Global___Wake: _TypeAlias = Wake  # noqa: Y015
 
 @_typing.final
+class Probe(_message.Message):
+    """Measure the way from this worker to another one. Takes bandwidth from transfers, for up to 10 s and
+    256 MiB a transport; one at a time: a second is answered not ok. What measures fastest is what
+    later links to that worker prefer.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    """per transport; 0: 64 MiB"""
+    @_builtins.property
+    def peer(self) -> _transfer_pb2.KvPeer:
+        """as the other's ModelInfo.kv says"""
+
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """at most 8; empty: all that this worker has"""
+
+    def __init__(
+        self,
+        *,
+        peer: _transfer_pb2.KvPeer | None = ...,
+        transports: _abc.Iterable[_builtins.str] | None = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "peer", b"peer", "transports", b"transports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Probe: _TypeAlias = Probe  # noqa: Y015
+
+@_typing.final
 class ControlReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1376,6 +1423,7 @@ class ControlReply(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     FREED_BYTES_FIELD_NUMBER: _builtins.int
+    PROBES_FIELD_NUMBER: _builtins.int
     ok: _builtins.bool
     message: _builtins.str
     metrics: _builtins.str
@@ -1386,6 +1434,10 @@ class ControlReply(_message.Message):
     def health(self) -> Global___HealthReport:
         """for Health"""
 
+    @_builtins.property
+    def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbeResult]:
+        """for Probe, one per transport"""
+
     def __init__(
         self,
         *,
@@ -1394,14 +1446,52 @@ class ControlReply(_message.Message):
         metrics: _builtins.str = ...,
         health: Global___HealthReport | None = ...,
         freed_bytes: _builtins.int = ...,
+        probes: _abc.Iterable[Global___ProbeResult] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "health", b"health", "message", b"message", "metrics", b"metrics", "ok", b"ok"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "health", b"health", "message", b"message", "metrics", b"metrics", "ok", b"ok", "probes", b"probes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ControlReply: _TypeAlias = ControlReply  # noqa: Y015
+
+@_typing.final
+class ProbeResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    LATENCY_P50_S_FIELD_NUMBER: _builtins.int
+    LATENCY_P99_S_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    bytes_per_s: _builtins.float
+    latency_p50_s: _builtins.float
+    """there and back, of an empty frame"""
+    latency_p99_s: _builtins.float
+    failure: _builtins.str
+    """empty when measured; else incompatible, unreachable or lost"""
+    detail: _builtins.str
+    """of a failure, in words"""
+    def __init__(
+        self,
+        *,
+        transport: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
+        latency_p50_s: _builtins.float = ...,
+        latency_p99_s: _builtins.float = ...,
+        failure: _builtins.str = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "detail", b"detail", "failure", b"failure", "latency_p50_s", b"latency_p50_s", "latency_p99_s", b"latency_p99_s", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeResult: _TypeAlias = ProbeResult  # noqa: Y015
 
 @_typing.final
 class HealthReport(_message.Message):

@@ -29,6 +29,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from quire.transfer.flows import Flows
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -80,14 +82,11 @@ class Unreachable(OSError):
 class Counters:
     """Since the start; written on the endpoint's thread, read anywhere."""
 
-    sent_bytes: Counter[str] = field(default_factory=Counter)
-    """By transport; retries included."""
-    received_bytes: Counter[str] = field(default_factory=Counter)
-    """By transport; verified pieces only."""
+    flows: Flows = field(default_factory=Flows)
+    """By direction, peer and transport: bytes, transfers by outcome, rates."""
     fenced_frames: int = 0
     """Frames of transfers not known here: late, of an old epoch or of another process."""
     duplicate_pieces: int = 0
-    damaged_pieces: int = 0
     links: Counter[str] = field(default_factory=Counter)
     """Made, by transport."""
     quarantined_bytes: int = 0
@@ -95,10 +94,6 @@ class Counters:
     that same process says that nothing is in flight."""
     refused_links: int = 0
     """Not authenticated, incompatible or not speaking the protocol."""
-    committed: Counter[str] = field(default_factory=Counter)
-    """Transfers by direction: sent, received."""
-    failed: Counter[str] = field(default_factory=Counter)
-    """Transfers by failure, both directions."""
 
 
 @dataclass

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from typing import TYPE_CHECKING, TypeVar
 
-from quire.transfer.frames import Header, Kind, pack
-from quire.transfer.layout import FRAME_BYTES, share
-from quire.transfer.link import Link, LinkRefused, Outgoing
+from quire.transfer.layout import share
+from quire.transfer.link import Link, LinkRefused
 from quire.transfer.negotiate import Peer, choose
+from quire.transfer.probe import Measurement, measure
 from quire.transfer.receiver import Receiver, ReceivingLink
 from quire.transfer.sender import Sender, SendingLink
 from quire.transfer.state import Ended, Failure, TransferRef
@@ -96,7 +95,7 @@ class Core:
         if span is None:
             self._emit(Ended(ref, Failure.PROTOCOL, "this rank holds nothing of that one's heads"))
             return
-        self.sender.begin(ref, span, lease_s)
+        self.sender.begin(ref, span, lease_s, peer.worker)
         self._own(self._connect(ref, peer))
 
     async def _connect(self, ref: TransferRef, peer: Peer) -> None:
@@ -162,40 +161,16 @@ class Core:
         task = self._own(link.run())
         task.add_done_callback(lambda _: self._links.discard(link))
 
-    async def probe(self, peer: Peer, name: str, total_bytes: int) -> tuple[float, float]:
-        """Measure a transport to a peer: (round trip in seconds, bytes per second).
-
-        Raises LinkRefused when it does not lead there, or breaks.
-        """
+    async def probe(self, peer: Peer, name: str, num_bytes: int) -> Measurement:
+        """Measure a transport to a peer. Raises LinkRefused when it does not lead there."""
         address = dict(peer.listeners).get(name)
-        if address is None or name not in self._transports:
-            raise LinkRefused(Failure.UNREACHABLE, f"no {name} on both sides")
+        if name not in self._transports or address is None:
+            where = peer.worker if name in self._transports else self.node.identity.worker
+            raise LinkRefused(Failure.UNREACHABLE, f"{where} has no {name}")
         link = await self._dial_by(name, address, peer.incarnation)
-        try:
-            await self._probe_once(link, 0)
-            start = time.perf_counter()
-            await self._probe_once(link, 0)
-            middle = time.perf_counter()
-            count = max(total_bytes // FRAME_BYTES, 1)
-            await asyncio.gather(*(self._probe_once(link, FRAME_BYTES) for _ in range(count)))
-            rate = count * FRAME_BYTES / (time.perf_counter() - middle)
-        except asyncio.CancelledError:
-            if link.is_ready:
-                raise
-            raise LinkRefused(Failure.LOST, link.why) from None
-        finally:
-            link.close("probed")
-        self.rates.setdefault(peer.worker, {})[name] = rate
-        return middle - start, rate
-
-    async def _probe_once(self, link: SendingLink, length: int) -> None:
-        sequence = link.next_sequence()
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        link.probes[sequence] = future
-        head = pack(Header(Kind.PROBE, length=length, sequence=sequence))
-        view = self.node.memory.probe_bytes(length)
-        link.put(Outgoing(head, (view,) if length else ()))
-        await future
+        measured = await measure(link, num_bytes)
+        self.rates.setdefault(peer.worker, {})[name] = measured.bytes_per_s
+        return measured
 
     # ---- timers
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from quire.transfer.base import Counters, Node
 from quire.transfer.core import Core
@@ -33,13 +33,17 @@ if TYPE_CHECKING:
     from quire.transfer.base import Transport
     from quire.transfer.memory import PoolMemory
     from quire.transfer.negotiate import Identity, Peer
+    from quire.transfer.probe import Measurement
     from quire.transfer.state import Event
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 START_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 10.0
 FENCE_TIMEOUT_S = 5.0
+PROBE_BYTES = 64 << 20
 
 
 class Endpoint:
@@ -157,10 +161,12 @@ class Endpoint:
         if self._post(cancel):
             done.result(timeout_s)
 
-    def probe(self, peer: Peer, transport: str, total_bytes: int = 64 << 20) -> Future[Any]:
-        """Measure a pair: (round trip in seconds, bytes per second), or LinkRefused. The rates are
+    def probe(
+        self, peer: Peer, transport: str, num_bytes: int = PROBE_BYTES
+    ) -> Future[Measurement]:
+        """Measure the way from here to a peer over one transport, or LinkRefused. The rates are
         remembered: later links to the peer prefer the transport that measured faster."""
-        return self._submit(self._core.probe(peer, transport, total_bytes))
+        return self._submit(self._core.probe(peer, transport, num_bytes))
 
     # ----
 
@@ -183,7 +189,7 @@ class Endpoint:
             return False
         return True
 
-    def _submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop is None:
             raise RuntimeError("the endpoint is not started")
         return asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quire.proto import transfer_pb2
+from quire.transfer.flows import SUCCESS
 from quire.transfer.frames import Entry, FrameError, Header, Kind, pack_entries
 from quire.transfer.layout import Shard, Span, pieces, share, sources_of
 from quire.transfer.link import AcceptedLink
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from quire.transfer.base import Channel, Node
+    from quire.transfer.flows import Flow
     from quire.transfer.state import Event
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,8 @@ class _Incoming:
     legs: dict[int, tuple[Span, ...]]
     """Source rank -> pieces that it sends of each block."""
     links: dict[int, ReceivingLink] = field(default_factory=dict)
+    source: tuple[str, str] = ("", "")
+    """Peer and transport, once a sender has shown up."""
 
 
 class Receiver:
@@ -140,11 +145,14 @@ class Receiver:
         machine, rank = incoming.machine, link.peer_shard.rank
         if header.kind == Kind.OPEN:
             incoming.links[rank] = link
+            incoming.source = (link.peer.worker, link.transport)
             self._do(incoming, machine.opened(rank, now))
         elif incoming.links.get(rank) is not link:
             self.fence(link, header)
         elif header.kind == Kind.COMMIT:
-            self._do(incoming, machine.commit(rank, _read_commit(body), now))
+            message = transfer_pb2.KvCommit.FromString(body)
+            self._node.counters.flows.note_rate(link.peer.worker, message.bytes_per_s)
+            self._do(incoming, machine.commit(rank, _read_commit(message), now))
         elif header.kind == Kind.FAIL:
             self._do(incoming, machine.refused(*read_refusal(body)))
         elif header.kind == Kind.KEEP:
@@ -168,10 +176,9 @@ class Receiver:
         """A piece was written into its place."""
         rank = link.peer_shard.rank
         if good:
-            length = incoming.legs[rank][entry.piece].length
-            self._node.counters.received_bytes[link.transport] += length
+            link.flow.num_bytes += incoming.legs[rank][entry.piece].length
         else:
-            self._node.counters.damaged_pieces += 1
+            link.flow.damaged_pieces += 1
         effects = incoming.machine.landed(rank, entry, good, self._node.clock())
         for effect in effects:
             if isinstance(effect, Reply) and isinstance(effect.message, Resend):
@@ -209,13 +216,13 @@ class Receiver:
     def _end(self, incoming: _Incoming, ended: Ended) -> None:
         ref = incoming.machine.ref
         del self._incoming[ref]
-        if ended.failure is None:
-            self._node.counters.committed["received"] += 1
+        flow = self._node.counters.flows.of("received", *incoming.source)
+        flow.outcomes[ended.failure or SUCCESS] += 1
+        if ended.commit is not None:
+            flow.blocks += ended.commit.blocks
             self._committed[ref] = None
             if len(self._committed) > REMEMBERED:
                 self._committed.popitem(last=False)
-        else:
-            self._node.counters.failed[ended.failure] += 1
 
 
 class ReceivingLink(AcceptedLink):
@@ -235,6 +242,11 @@ class ReceivingLink(AcceptedLink):
             self.post(Header(Kind.PROBED, sequence=header.sequence))
         else:
             self._receiver.on_frame(self, header, body)
+
+    @cached_property
+    def flow(self) -> Flow:
+        """What came over it, beside other links like it. Known after the greeting."""
+        return self.node.counters.flows.of("received", self.peer.worker, self.transport)
 
     def on_lost(self) -> None:
         """Every leg on this link is lost."""
@@ -330,6 +342,5 @@ def read_refusal(body: bytes) -> tuple[Failure, str]:
     return (Failure.PEER_CANCELLED if name == "CANCELLED" else Failure[name]), message.detail
 
 
-def _read_commit(body: bytes) -> Commit:
-    message = transfer_pb2.KvCommit.FromString(body)
+def _read_commit(message: transfer_pb2.KvCommit) -> Commit:
     return Commit(message.blocks, message.tokens, message.meta, message.digest)

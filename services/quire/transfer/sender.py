@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quire.proto import transfer_pb2
+from quire.transfer.flows import SUCCESS
 from quire.transfer.frames import (
     MAX_ENTRIES,
     Entry,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from quire.transfer.base import Channel, Node
+    from quire.transfer.flows import Flow
     from quire.transfer.state import Event
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,9 @@ class Departing:
     machine: SendingTransfer
     parts: tuple[Span, ...]
     """Pieces that it sends of each block."""
+    peer: str
     link: SendingLink | None = None
+    committed_at: float | None = None
 
 
 class Sender:
@@ -75,12 +80,12 @@ class Sender:
 
     # ---- the caller
 
-    def begin(self, ref: TransferRef, span: Span, lease_s: float) -> None:
+    def begin(self, ref: TransferRef, span: Span, lease_s: float, peer: str) -> None:
         """A transfer whose link is being made; blocks may be offered already."""
         parts = pieces(span)
         lease = Lease(lease_s, self._node.clock())
         machine = SendingTransfer(ref, [part.length for part in parts], lease)
-        self._departing[ref] = Departing(machine, parts)
+        self._departing[ref] = Departing(machine, parts, peer)
 
     def connect(self, ref: TransferRef, link: SendingLink) -> None:
         """The link stands: open the leg."""
@@ -111,8 +116,9 @@ class Sender:
     def commit(self, ref: TransferRef, commit: Commit) -> None:
         """Every block is offered."""
         if (departing := self._departing.get(ref)) is not None:
+            departing.committed_at = now = self._node.clock()
             try:
-                self.do(departing, departing.machine.commit(commit, self._node.clock()))
+                self.do(departing, departing.machine.commit(commit, now))
             except ValueError as error:
                 self._misused(departing, error)
 
@@ -174,12 +180,15 @@ class Sender:
 
     def _end(self, departing: Departing, ended: Ended) -> None:
         del self._departing[departing.machine.ref]
+        transport = ""
         if departing.link is not None:
             departing.link.remove(departing)
-        if ended.failure is None:
-            self._node.counters.committed["sent"] += 1
-        else:
-            self._node.counters.failed[ended.failure] += 1
+            transport = departing.link.transport
+        flow = self._node.counters.flows.of("sent", departing.peer, transport)
+        flow.outcomes[ended.failure or SUCCESS] += 1
+        if ended.commit is not None and departing.committed_at is not None:
+            flow.blocks += ended.commit.blocks
+            flow.exposed_s += self._node.clock() - departing.committed_at
 
 
 @dataclass
@@ -202,7 +211,14 @@ class SendingLink(DialledLink):
         self._sent: dict[int, _Sent] = {}
         self._unacked_bytes = 0
         self._sequence = 0
+        self._busy_since = 0.0
+        """While something is unacknowledged: since when that is not in `flow` yet."""
         super().__init__(channel, transport, node)
+
+    @cached_property
+    def flow(self) -> Flow:
+        """What goes over it, beside other links like it. Known after the greeting."""
+        return self.node.counters.flows.of("sent", self.peer.worker, self.transport)
 
     def add(self, departing: Departing) -> None:
         """Take turns with the others from now on."""
@@ -246,8 +262,10 @@ class SendingLink(DialledLink):
         sequence, num_bytes = self.next_sequence(), sum(map(len, views))
         names = [piece for piece, _ in taken]
         self._sent[sequence] = _Sent(departing, names, num_bytes)
+        if not self._unacked_bytes:
+            self._busy_since = self.node.clock()
         self._unacked_bytes += num_bytes
-        self.node.counters.sent_bytes[self.transport] += num_bytes
+        self.flow.num_bytes += num_bytes
         table = pack_entries(entries)
         header = _header(Kind.DATA, machine.ref)._replace(
             rank=self.node.identity.shard.rank,
@@ -285,9 +303,11 @@ class SendingLink(DialledLink):
         sent = self._settle(header.sequence)
         if sent is None:
             return  # of a transfer that is over
+        self.flow.acknowledged(sent.num_bytes)
         damaged = {(entry.block, entry.piece) for entry in unpack_entries(body)}
         machine = sent.departing.machine
         good = [piece for piece in sent.pieces if piece not in damaged]
+        self.flow.damaged_pieces += len(damaged)
         self.sender.do(sent.departing, machine.acked(good, self.node.clock()))
         self.sender.do(sent.departing, machine.damaged(damaged))
 
@@ -296,6 +316,9 @@ class SendingLink(DialledLink):
         sent = self._sent.pop(sequence, None)
         if sent is not None:
             self._unacked_bytes -= sent.num_bytes
+            now = self.node.clock()
+            self.flow.busy(now - self._busy_since)
+            self._busy_since = now
         return sent
 
 
@@ -309,8 +332,9 @@ def _say(link: SendingLink, ref: TransferRef, message: Message) -> None:
             link.post(_header(Kind.OPEN, ref))
         case Committing(commit):
             body = transfer_pb2.KvCommit(
-                blocks=commit.blocks, tokens=commit.tokens, digest=commit.digest, meta=commit.meta
-            )
+                blocks=commit.blocks, tokens=commit.tokens, digest=commit.digest, meta=commit.meta,
+                bytes_per_s=int(link.flow.bytes_per_s),
+            )  # fmt: skip
             link.post(_header(Kind.COMMIT, ref), body.SerializeToString())
         case Fail(failure, detail):
             link.post(_header(Kind.FAIL, ref), write_refusal(failure, detail))

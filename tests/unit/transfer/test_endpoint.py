@@ -10,6 +10,7 @@ from transfers import LAYOUT, Side
 from quire.transfer.faults import FaultPlan, FaultyTransport
 from quire.transfer.frames import Kind
 from quire.transfer.layout import Shard, pieces, share
+from quire.transfer.link import LinkRefused
 from quire.transfer.local import LocalNetwork, LocalTransport
 from quire.transfer.state import Ended, Failure, Released, TransferRef
 
@@ -46,6 +47,36 @@ def test_bytes_arrive_and_every_block_comes_back_once():
         assert d.delivered(ref) == {i: 30 + i for i in range(12)}
         assert p.returned(ref) == list(range(12))
         assert (d.pool[30:42] == p.pool[:12]).all()
+
+
+def test_both_sides_count_what_went_over_and_the_receiver_learns_the_rate():
+    net = Net()
+    with net.side(1) as p, net.side(2) as d:
+        for _ in range(4):
+            run(p, d)
+        key, sent = one_flow(p)
+        assert key == ("sent", "pod-2", "tcp")
+        block_bytes = d.pool.shape[1]
+        assert (sent.num_bytes, sent.blocks) == (4 * 12 * block_bytes, 48)
+        assert sent.outcomes == {"committed": 4}
+        assert sent.busy_s > 0 and sent.exposed_s > 0
+        key, received = one_flow(d)
+        assert key == ("received", "pod-1", "tcp")
+        assert (received.num_bytes, received.blocks) == (sent.num_bytes, 48)
+        assert received.outcomes == {"committed": 4}
+        # what was known before the last commit went out
+        assert d.endpoint.counters.flows.receive_rates()["pod-1"] > 0
+        assert p.endpoint.counters.flows.receive_rates() == {}
+        refused = d.endpoint.receive(1)
+        d.endpoint.cancel(refused)
+        d.ended(refused)
+        flows = dict(d.endpoint.counters.flows.items())
+        assert flows["received", "unknown", "none"].outcomes == {"cancelled": 1}
+
+
+def one_flow(side):
+    (flow,) = side.endpoint.counters.flows.items()
+    return flow
 
 
 def test_blocks_go_out_chunk_by_chunk_and_window_by_window():
@@ -256,10 +287,14 @@ def outcome(plan, transfers=12):
         return good, failures, d.endpoint.counters
 
 
+def damaged(counters):
+    return sum(flow.damaged_pieces for _, flow in counters.flows.items())
+
+
 def test_a_damaged_block_is_sent_again_and_counted():
     plan = FaultPlan(seed=3, corrupt=0.4, kinds=(Kind.DATA,))
     good, failures, counters = outcome(plan, 20)
-    assert counters.damaged_pieces > 0
+    assert damaged(counters) > 0
     assert good > 5
     assert set(failures) <= {Failure.CHECKSUM, Failure.LEASE, Failure.FENCED, Failure.LOST}
 
@@ -267,7 +302,7 @@ def test_a_damaged_block_is_sent_again_and_counted():
 def test_a_block_that_is_always_damaged_fails_the_transfer():
     good, failures, counters = outcome(FaultPlan(corrupt=1.0, kinds=(Kind.DATA,)), 2)
     assert good == 0
-    assert counters.damaged_pieces or failures == [Failure.FENCED] * 2
+    assert damaged(counters) or failures == [Failure.FENCED] * 2
 
 
 def test_duplicates_change_nothing():
@@ -309,3 +344,25 @@ def test_a_degree_that_the_heads_cannot_be_split_over_is_said_at_once():
     net = Net()
     with net.side(1) as d, pytest.raises(ValueError, match="cannot be split over 3 ranks"):
         d.endpoint.receive(4, degree=3)
+
+
+def test_a_probe_measures_a_pair_and_says_why_it_cannot():
+    net = Net()
+    with (
+        net.side(1) as p,
+        net.side(2) as d,
+        net.side(3, layout=replace(LAYOUT, dtype="float16")) as other,
+    ):
+        measured = p.endpoint.probe(d.peer, "tcp", 4 << 20).result(10)
+        assert measured.bytes_per_s > 0
+        assert 0 < measured.latency_p50_s <= measured.latency_p99_s
+        assert dict(d.endpoint.counters.flows.items()) == {}, "a probe is no transfer"
+        for peer, name, failure, words in (
+            (other.peer, "tcp", Failure.INCOMPATIBLE, "dtype=float16 here dtype=bfloat16"),
+            (d.peer, "nixl", Failure.UNREACHABLE, "pod-1 has no nixl"),
+            (replace(d.peer, listeners=()), "tcp", Failure.UNREACHABLE, "pod-2 has no tcp"),
+            (replace(d.peer, incarnation=1), "tcp", Failure.UNREACHABLE, "another process"),
+        ):
+            with pytest.raises(LinkRefused, match=words) as refused:
+                p.endpoint.probe(peer, name).result(10)
+            assert refused.value.failure is failure
