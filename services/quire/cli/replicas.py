@@ -12,15 +12,16 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from quire.cli.probe import Probe
 from quire.cli.startup import Quiet, StartupWatch, display_for
 from quire.cli.supervisor import Supervisor
 from quire.config.base import to_mapping
+from quire.config.cluster import ClusterConfig
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
     from pathlib import Path
 
-    from quire.config.cluster import ClusterConfig
     from quire.config.engine import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ def replicas_of(
 
     `common` are options beside the engine's, see `quire.worker`.
     """
+    token = common.get("transfer", {}).get("cluster_token")
+    cluster = ClusterConfig(cluster_token=token)
     options = {"engine": to_mapping(shared(engine, len(roles))), **common}
     return Replicas(
         tuple(
@@ -89,6 +92,7 @@ def replicas_of(
                 | {"worker": f"{role}-{number}"},
                 socket=socket,
                 on_restart=on_restart,
+                probe=Probe(f"unix:{socket}", cluster),
             )
             for number, role in enumerate(roles)
             for socket in [folder / f"worker-{number}.sock"]

@@ -7,6 +7,9 @@
                  ▼
               given up: the server ends with the worker's exit code
 
+A worker that was ready and does not answer its probe any more is killed: one that is stopped, or
+whose event loop hangs, would never die.
+
 The worker's options go to its stdin as one line of JSON, so that they are not in the process list.
 Its stdin stays open: it ends by itself when this process is gone, however that happened.
 """
@@ -30,6 +33,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from quire.cli.probe import Probe
+
 logger = logging.getLogger(__name__)
 
 CANNOT_SERVE = 2
@@ -52,6 +57,10 @@ class Patience:
     """For the worker to end by itself once its stdin is closed."""
     terminate: float = 3.0
     """For it to end after SIGTERM; then it is killed."""
+    probe_every: float = 1.0
+    probe_misses: int = 4
+    """Probes in a row that a worker may leave unanswered, each for two seconds. Counted, so that
+    nothing is blamed on the worker when this process itself was stopped."""
 
 
 @dataclass
@@ -67,6 +76,8 @@ class Supervisor:
     command: Sequence[str] = (sys.executable, "-P", "-m", "quire.worker")
     name: str = "the worker"
     """In logs."""
+    probe: Probe | None = None
+    """How to ask whether it lives."""
     _process: subprocess.Popen[bytes] | None = None
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _ready_since: float | None = None
@@ -133,6 +144,7 @@ class Supervisor:
         """One worker from its start to its end; returns its exit code, negative for a signal."""
         self._ready_since = None
         process = self._process = self._spawn()
+        watching = asyncio.create_task(self._watch(process))
         try:
             # A thread per worker: the loop's own child watching differs between loops.
             return await asyncio.to_thread(process.wait)
@@ -140,8 +152,23 @@ class Supervisor:
             process.kill()
             raise
         finally:
+            watching.cancel()
+            if self.probe is not None:
+                await self.probe.close()
             _close_stdin(process)
             self._process = None
+
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill a worker that was ready and shows no sign of life any more."""
+        if self.probe is None:
+            return
+        missed = 0
+        while missed < self.patience.probe_misses:
+            await asyncio.sleep(self.patience.probe_every)
+            if self._ready_since is not None and not self._stopping.is_set():
+                missed = 0 if await self.probe() else missed + 1
+        logger.error("%s does not answer any more; killing it", self.name)
+        process.kill()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         self.socket.unlink(missing_ok=True)

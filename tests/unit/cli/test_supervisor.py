@@ -158,3 +158,39 @@ def test_a_long_temporary_folder_does_not_break_the_sockets(tmp_path, monkeypatc
     with private_folder() as folder:
         assert len(str(folder / "worker-999.sock")) < 108
     assert list(deep.iterdir()) == []
+
+
+class Pulse:
+    """A probe that says what the test does."""
+
+    def __init__(self) -> None:
+        self.alive = True
+        self.asked = 0
+
+    async def __call__(self) -> bool:
+        self.asked += 1
+        return self.alive
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_a_ready_worker_that_does_not_answer_is_killed_even_when_stopped(make):
+    patience = Patience(first_delay=0.01, probe_every=0.01, probe_misses=3)
+    supervisor, restarts = make(patience)
+    supervisor.probe = pulse = Pulse()
+    task = asyncio.create_task(supervisor.run())
+    await until(lambda: len(make.runs()) == 1)
+    pulse.alive = False
+    await asyncio.sleep(0.1)
+    assert pulse.asked == 0, "a worker that starts answers when it can"
+    supervisor.ready()
+    pulse.alive = True
+    await until(lambda: pulse.asked > 5)
+    assert not restarts
+    os.kill(supervisor.pid, signal.SIGSTOP)
+    pulse.alive = False
+    await until(lambda: len(make.runs()) == 2)
+    assert len(restarts) == 1
+    await supervisor.stop()
+    assert await task == 0
