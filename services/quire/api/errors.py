@@ -27,6 +27,7 @@ STATUS: dict[str, tuple[int, str]] = {
     # who and where
     "invalid_api_key": (401, "invalid_request_error"),
     "model_not_found": (404, "invalid_request_error"),
+    "request_not_found": (404, "invalid_request_error"),
     "unknown_url": (404, "invalid_request_error"),
     "method_not_allowed": (405, "invalid_request_error"),
     "request_timeout": (408, "invalid_request_error"),

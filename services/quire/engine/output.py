@@ -52,7 +52,15 @@ class Admission:
 
     cached_tokens: int
     queue_s: float
+    """In the engine's queue."""
     prefill_s: float
+    """First scheduled to first token."""
+    inbox_s: float = 0.0
+    """From the caller's message to the engine's queue, behind the step in progress."""
+    first_token: float = 0.0
+    """time.monotonic() of it."""
+    remote: RemoteTimes | None = None
+    """When another pod was asked for the prompt."""
     transferred_tokens: int = 0
     """Prompt tokens whose blocks another worker computed and pushed; none where that broke off."""
 

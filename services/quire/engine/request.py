@@ -21,7 +21,7 @@ from quire.api import block_hash
 
 if TYPE_CHECKING:
     from quire.api.sampling import SamplingParams
-    from quire.engine.output import TokenLogprob
+    from quire.engine.output import RemoteTimes, TokenLogprob
 
 BLOCK_SIZE = block_hash.BLOCK_SIZE
 
@@ -42,6 +42,9 @@ class RemotePrompt(Protocol):
 
     def fence(self) -> None:
         """Return when nobody writes into the request's blocks any more. On the engine thread."""
+
+    def times(self, scheduled: float, first_token: float) -> RemoteTimes | None:
+        """What the time between the two was spent on; None when no other pod was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class EngineRequest:
     not listed have ended."""
     remote: RemotePrompt | None = None
     """Given when another pod computes the prompt."""
+    received: float = field(default_factory=time.monotonic)
+    """time.monotonic() when the caller's message was read."""
     is_exported: bool = False
     """The prompt's blocks are for another pod: report them, and hold them until released."""
 

@@ -199,4 +199,5 @@ async def collect(
     while not generation.done:
         for choice, delta in generation.take(await replies.next(), replies, clock):
             tokens[choice].extend(delta.tokens)
+        clock.handed_over()
     return answer.body(tokens)

@@ -26,8 +26,9 @@ from quire.gateway.health import Health
 from quire.gateway.pacemaker import Pacemaker
 from quire.gateway.pipeline import Parts, Pipeline
 from quire.gateway.placement import LeastLoad
-from quire.gateway.routes import Facts, ModelRoutes, TokenRoutes, embeddings
+from quire.gateway.routes import Facts, ModelRoutes, TokenRoutes, TraceRoute, embeddings
 from quire.gateway.served_model import ModelLoader
+from quire.gateway.trace import Traces
 from quire.gateway.traffic import Traffic
 from quire.gateway.worker_client import Vigilance, WorkerClient
 from quire.gateway.workers import Workers
@@ -97,6 +98,7 @@ def create_app(
         admission=Admission(config.max_open_requests),
         pacemaker=Pacemaker(config.sse_keep_alive_interval),
         traffic=traffic,
+        traces=Traces(),
         threads=ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize"),
     )
     instruments.get(m.BUILD_INFO).set(version=__version__, python=platform.python_version())
@@ -119,6 +121,7 @@ def _routes(
     return [
         Route("/v1/chat/completions", _Raw(pipeline.chat), methods=["POST"]),
         Route("/v1/completions", _Raw(pipeline.completions), methods=["POST"]),
+        Route("/v1/requests/{id:path}/trace", TraceRoute(parts).retrieve),
         Route("/v1/models", models.list),
         Route("/v1/models/{name:path}", models.retrieve),
         Route("/v1/embeddings", embeddings, methods=["POST"]),

@@ -36,7 +36,7 @@ from quire.gateway.json_body import read_json
 from quire.gateway.json_response import send_json
 from quire.gateway.prompts import encode_prompts
 from quire.gateway.replies import ClientGone
-from quire.gateway.scope import MAX_HEADER, connection_abort, timeout_of
+from quire.gateway.scope import MAX_HEADER, connection_abort, tenant_of, timeout_of
 from quire.gateway.stream import EventStream
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from quire.gateway.replies import Replies
     from quire.gateway.request import GenerationRequest
     from quire.gateway.served_model import ModelLoader, ServedModel
+    from quire.gateway.trace import Trace, Traces
     from quire.gateway.traffic import Traffic
     from quire.gateway.workers import Workers
     from quire.proto.worker_pb2 import Submit
@@ -73,6 +74,7 @@ class Parts:
     pacemaker: Pacemaker
     traffic: Traffic
     threads: Executor
+    traces: Traces
 
 
 class Pipeline:
@@ -91,24 +93,35 @@ class Pipeline:
         await self._serve(_Completions(), scope, receive, send)
 
     async def _serve(self, api: _Api, scope: Scope, receive: Receive, send: Send) -> None:
-        parts = self._parts
-        clock = parts.traffic.start()
+        state = scope["state"]
+        with self._parts.traces.follow(state["request_id"], tenant_of(scope)) as trace:
+            await self._answer(api, _Call(scope, receive, send, trace))
+
+    async def _answer(self, api: _Api, call: _Call) -> None:
+        parts, trace = self._parts, call.trace
+        clock = parts.traffic.start(trace)
         served = parts.models.require()
-        fields = Fields(await read_json(scope, receive, parts.config.max_body_bytes))
+        body = await read_json(call.scope, call.receive, parts.config.max_body_bytes)
+        trace.watch.lap("read")
+        fields = Fields(body)
         name = served.name_for(fields.string("model"))
         request = _with_token_ids(api.parse(fields, served), served)
-        send = self._naming_ignored(request.ignored, send)
+        send = self._naming_ignored(request.ignored, call.send)
+        trace.watch.lap("parse")
         with parts.admission.enter(), clock.in_flight():
             prompts = await encode_prompts(request, served, parts.threads)
             clock.tokenized(sum(len(prompt.token_ids) for prompt in prompts))
-            submits = _submits(request, prompts, scope, parts.config)
+            submits = _submits(request, prompts, call.scope, parts.config)
             generation = Generation(request, prompts, served.tokenizer, submits)
             head = Head(api.prefix + secrets.token_hex(16), int(time.time()), name)
             answer = api.answer(head, generation)
+            parts.traces.name(trace, head.id)
+            trace.describe(name, request.delivery.stream, generation)
+            trace.watch.lap("tokenize")
             if generation.needs_no_worker:
                 await send_json(send, 200, answer.body([[] for _ in generation.choices]))
                 return
-            async with self._submitted(scope, receive, generation) as replies:
+            async with self._submitted(call, generation) as replies:
                 if request.delivery.stream:
                     stream = EventStream(generation, answer, send, clock)
                     with clock.streaming(), parts.pacemaker.follow(replies, stream):
@@ -118,11 +131,10 @@ class Pipeline:
                     await send_json(send, 200, body)
 
     @contextlib.asynccontextmanager
-    async def _submitted(
-        self, scope: Scope, receive: Receive, generation: Generation
-    ) -> AsyncIterator[Replies]:
+    async def _submitted(self, call: _Call, generation: Generation) -> AsyncIterator[Replies]:
         """The workers' replies, until the client hangs up; what is left then is aborted."""
-        async with self._parts.workers.submit(generation.submits) as replies:
+        scope, receive = call.scope, call.receive
+        async with self._parts.workers.submit(generation.submits, call.trace) as replies:
             replies.on_overflow = connection_abort(scope)
             listening = asyncio.create_task(_until_gone(receive, replies))
             try:
@@ -150,6 +162,16 @@ class Pipeline:
             await send(message)
 
         return send_named
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One HTTP request."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    trace: Trace
 
 
 class _Api(Protocol):
@@ -207,7 +229,7 @@ def _submits(
             request, prompt, params.seed if params.seed is not None else new_seed()
         )
         submit.request_id = f"{scope['state']['request_id']}-{i}"[:MAX_HEADER]
-        submit.cache_salt = scope["state"].get("cache_salt", b"")
+        submit.cache_salt = tenant_of(scope)
         if timeout_s:
             submit.timeout_ms = max(1, round(timeout_s * 1000))
         submits.append(submit)

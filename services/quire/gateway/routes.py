@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import JSONResponse, Response
 
 from quire import __version__
-from quire.api.errors import ApiError
+from quire.api.errors import ApiError, echo
 from quire.api.openai import model_card
 from quire.gateway.chat_request import parse_conversation
 from quire.gateway.fields import Fields, integer, missing
 from quire.gateway.json_body import read_json
 from quire.gateway.prompts import INLINE_CHARS, encode
+from quire.gateway.scope import tenant_of
 from quire.telemetry import metrics as m
 from quire.telemetry.instruments import CONTENT_TYPE, render
 
@@ -52,6 +53,22 @@ class ModelRoutes:
 
 def _card(served: ServedModel, name: str) -> dict[str, Any]:
     return model_card(name, created=served.created, max_model_len=served.info.max_model_len)
+
+
+class TraceRoute:
+    """/v1/requests/{id}/trace."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._traces = parts.traces
+
+    async def retrieve(self, request: Request) -> Response:
+        """GET /v1/requests/{id}/trace: for whoever made the request, while it is kept."""
+        wanted = request.path_params["id"]
+        trace = self._traces.find(wanted, tenant_of(request.scope))
+        if trace is None:
+            message = f"No request {echo(wanted)} of yours is known here, or no longer."
+            raise ApiError("request_not_found", message)
+        return JSONResponse(await trace.body())
 
 
 class TokenRoutes:

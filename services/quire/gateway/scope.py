@@ -54,6 +54,12 @@ def timeout_of(scope: Scope, default_s: float) -> float:
     return min(seconds, default_s) if default_s else seconds
 
 
+def tenant_of(scope: Scope) -> bytes:
+    """Who asks: the salt of the API key's prefix cache, empty where no keys are needed."""
+    salt: bytes = scope["state"].get("cache_salt", b"")
+    return salt
+
+
 def connection_abort(scope: Scope) -> Callable[[], None]:
     """Closes the client's connection at once, also when it does not read."""
     return scope.get("extensions", {}).get(ABORT_EXTENSION) or _nothing

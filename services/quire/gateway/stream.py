@@ -49,6 +49,7 @@ class EventStream:
                 data = self._take(outputs, replies)
                 if data or not outputs:
                     await self._write(data or KEEP_ALIVE)
+                self._clock.handed_over()
         except ApiError as error:
             if not self.started:
                 raise

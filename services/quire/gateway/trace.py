@@ -11,12 +11,21 @@ between sending and hearing when the worker's own durations are taken away, both
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from quire.api.errors import ApiError
+from quire.gateway.replies import ClientGone
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from quire.api.openai import Usage
+    from quire.gateway.generation import Generation
     from quire.gateway.placement import Decided, Place
     from quire.proto.worker_pb2 import Admission, RemotePrefill
 
@@ -141,12 +150,14 @@ class Trace:
         self.created = time.time()
         self.watch = Stopwatch(time.monotonic())
         self.prompts: list[PromptTrace] = []
-        self.facts: dict[str, Any] = {}
-        """What else is worth showing, by name."""
         self.ttft_s: float | None = None
         self.total_s: float | None = None
         self.error: str | None = None
         self._first: PromptTrace | None = None
+        self._model: str | None = None
+        self._stream = False
+        self._usage: Usage | None = None
+        self._generation: Generation | None = None
 
     def prompt(self) -> PromptTrace:
         """A prompt of it is submitted."""
@@ -163,20 +174,31 @@ class Trace:
     def first_token(self) -> None:
         """The first token is on its way to the client, or into the answer."""
         if self.ttft_s is None:
+            if self._first is None and self.prompts:  # a worker that reports nothing
+                self.prompts[0].lap("worker")
+                self.first_output(self.prompts[0])
             self.watch.lap("stream")
             self.ttft_s = time.monotonic() - self.watch.began
+
+    def describe(self, model: str, stream: bool, generation: Generation) -> None:
+        """What is asked for; the answer's size is read from `generation` when it is shown."""
+        self._model, self._stream, self._generation = model, stream, generation
 
     def finish(self, error: str | None) -> None:
         """The request is over."""
         self.error, self.total_s = error, time.monotonic() - self.watch.began
         for prompt in self.prompts:
             prompt.left(None)
+        if self._generation is not None:
+            # the numbers, not the prompts and the text
+            self._usage, self._generation = self._generation.usage, None
 
     async def body(self) -> dict[str, Any]:
         """As JSON shows it. Asks the routers for their scores."""
         parts = self.watch.parts
         if self._first is None and self.prompts:  # not yet there: what is known so far
             parts = [*parts, *self.prompts[0].watch.parts]
+        usage = self._usage if self._generation is None else self._generation.usage
         state = "running" if self.total_s is None else "failed" if self.error else "finished"
         return {
             "object": "request.trace",
@@ -185,7 +207,9 @@ class Trace:
             "created": self.created,
             "state": state,
             "error": self.error,
-            **self.facts,
+            "model": self._model,
+            "stream": self._stream,
+            "usage": None if usage is None else usage.body(),
             "ttft_s": self.ttft_s,
             "total_s": self.total_s,
             "parts": [{"name": part.name, "seconds": part.seconds} for part in parts],
@@ -198,13 +222,25 @@ class Traces:
 
     def __init__(self, capacity: int = MAX_TRACES) -> None:
         self._capacity = capacity
-        self._kept: OrderedDict[str, Trace] = OrderedDict()
+        self._kept: OrderedDict[tuple[bytes, str], Trace] = OrderedDict()
 
-    def start(self, request_id: str, owner: bytes) -> Trace:
-        """A request was received."""
+    @contextmanager
+    def follow(self, request_id: str, owner: bytes) -> Iterator[Trace]:
+        """A request, from its reception to its end; it ends with what is raised."""
         trace = Trace(request_id, owner)
         self._add(request_id, trace)
-        return trace
+        error: str | None = "internal_error"
+        try:
+            yield trace
+            error = None
+        except ApiError as raised:
+            error = raised.code
+            raise
+        except (ClientGone, ConnectionError, asyncio.CancelledError):
+            error = "client_gone"
+            raise
+        finally:
+            trace.finish(error)
 
     def name(self, trace: Trace, answer_id: str) -> None:
         """The answer's id is known."""
@@ -213,12 +249,12 @@ class Traces:
 
     def find(self, some_id: str, owner: bytes) -> Trace | None:
         """None when it is not kept, or another tenant's."""
-        trace = self._kept.get(some_id)
-        return trace if trace is not None and trace.owner == owner else None
+        return self._kept.get((owner, some_id))
 
     def _add(self, some_id: str, trace: Trace) -> None:
-        self._kept.pop(some_id, None)
-        self._kept[some_id] = trace
+        key = (trace.owner, some_id)
+        self._kept.pop(key, None)
+        self._kept[key] = trace
         while len(self._kept) > 2 * self._capacity:  # two ids each
             self._kept.popitem(last=False)
 

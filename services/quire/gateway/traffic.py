@@ -11,6 +11,7 @@ from quire.telemetry import metrics as m
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from quire.gateway.trace import Trace
     from quire.gateway.worker import Loss
     from quire.telemetry.instruments import Instruments
 
@@ -30,9 +31,9 @@ class Traffic:
         self.output_tokens = get(m.GATEWAY_OUTPUT_TOKENS)
         self._disconnects = get(m.GATEWAY_DISCONNECTS)
 
-    def start(self) -> RequestClock:
+    def start(self, trace: Trace) -> RequestClock:
         """A request was received."""
-        return RequestClock(self)
+        return RequestClock(self, trace)
 
     def disconnected(self) -> None:
         """A client went away before its answer was complete."""
@@ -55,11 +56,12 @@ class Traffic:
 class RequestClock:
     """Times of one generation request."""
 
-    __slots__ = ("_last", "_started", "_traffic")
+    __slots__ = ("_last", "_started", "_trace", "_traffic")
 
-    def __init__(self, traffic: Traffic) -> None:
+    def __init__(self, traffic: Traffic, trace: Trace) -> None:
         self._traffic = traffic
-        self._started = time.monotonic()
+        self._trace = trace
+        self._started = trace.watch.began
         self._last: dict[int, float] = {}  # choice -> time of its last tokens
 
     def tokenized(self, num_tokens: int) -> None:
@@ -79,6 +81,11 @@ class RequestClock:
             traffic.first_token.observe(now - self._started)
         last[choice] = now
         traffic.output_tokens.inc(count)
+
+    def handed_over(self) -> None:
+        """What there is of the answer is with the client's connection, or kept for it."""
+        if self._last:
+            self._trace.first_token()
 
     @contextmanager
     def in_flight(self) -> Iterator[None]:

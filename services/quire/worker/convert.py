@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quire.engine.engine import Engine
     from quire.engine.kv.pool import CacheDigest, CacheEvent
     from quire.engine.loop import EngineState
-    from quire.engine.output import ChoiceOutput
+    from quire.engine.output import Admission, ChoiceOutput
     from quire.engine.runner.load import Startup
     from quire.worker.standing import Standing
 
@@ -74,7 +74,8 @@ def first_tokens_to(first: dict[int, ChoiceOutput]) -> worker_pb2.FirstTokens:
     admission = next((o.admission for o in first.values() if o.admission is not None), None)
     if admission is not None:
         message.cached_tokens = admission.cached_tokens
-        message.queue_s, message.prefill_s = admission.queue_s, admission.prefill_s
+        message.queue_s = admission.inbox_s + admission.queue_s
+        message.prefill_s = admission.prefill_s
     return message
 
 
@@ -138,10 +139,36 @@ def output_to(output: ChoiceOutput, request: int, attempt: int) -> worker_pb2.Ch
         if output.stop_token_id is not None:
             message.stop_token_id = output.stop_token_id
     if output.admission is not None:
-        message.admission.cached_tokens = output.admission.cached_tokens
-        message.admission.queue_s = output.admission.queue_s
-        message.admission.prefill_s = output.admission.prefill_s
+        message.admission.CopyFrom(admission_to(output.admission))
         message.prompt_logprobs.extend(logprob_to(entry) for entry in output.prompt_logprobs)
+    return message
+
+
+def admission_to(admission: Admission) -> worker_pb2.Admission:
+    """What happened before the first token; to be called when it is written to the session."""
+    message = worker_pb2.Admission(
+        cached_tokens=admission.cached_tokens,
+        queue_s=admission.queue_s,
+        prefill_s=admission.prefill_s,
+        inbox_s=admission.inbox_s,
+        handout_s=time.monotonic() - admission.first_token,
+    )
+    if (remote := admission.remote) is not None:
+        message.remote.CopyFrom(
+            worker_pb2.RemotePrefill(
+                worker=remote.worker,
+                failed=remote.failed,
+                ask_s=remote.ask_s,
+                queue_s=remote.queue_s,
+                prefill_s=remote.prefill_s,
+                transfer_s=remote.transfer_s,
+                commit_s=remote.commit_s,
+                resume_s=remote.resume_s,
+                cached_tokens=remote.cached_tokens,
+            )
+        )
+        for after_s, blocks in remote.arrivals:
+            message.remote.arrivals.add(after_s=after_s, blocks=blocks)
     return message
 
 

@@ -18,6 +18,9 @@ class Remote:
     def fence(self) -> None:
         self.pair._fence(self.name)
 
+    def times(self, scheduled: float, first_token: float) -> None:
+        return None
+
 
 class Pair:
     """A decode and a prefill engine, and the transfers between them, one block at a time."""

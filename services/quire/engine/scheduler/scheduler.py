@@ -33,7 +33,7 @@ from quire.engine.scheduler.running import Running
 
 if TYPE_CHECKING:
     from quire.engine.kv.pool import BlockPool
-    from quire.engine.output import TokenLogprob
+    from quire.engine.output import RemoteTimes, TokenLogprob
     from quire.engine.scheduler.plan import StepResult
 
 
@@ -317,6 +317,9 @@ class Scheduler:
             cached = state.num_cached_tokens
             output.admission = Admission(
                 cached, scheduled - state.arrival, now - scheduled,
+                inbox_s=state.arrival - state.request.received,
+                first_token=now,
+                remote=_remote_times(state, scheduled, now),
                 transferred_tokens=seq.num_prompt - cached if state.is_remote else 0,
             )  # fmt: skip
             output.prompt_logprobs = state.prompt_logprobs
@@ -359,6 +362,11 @@ def _error_output(request_id: str) -> ChoiceOutput:
     output = ChoiceOutput(request_id, 0, 0, [], finish_reason=FinishReason.ERROR)
     output.last_of_request = True
     return output
+
+
+def _remote_times(state: RequestState, scheduled: float, now: float) -> RemoteTimes | None:
+    remote = state.request.remote
+    return None if remote is None else remote.times(scheduled, now)
 
 
 def _age(seq: Sequence) -> tuple[tuple[int, float], int]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,12 @@ from quire.proto import worker_pb2
 from quire.transfer.negotiate import ref_to_proto
 from quire.transfer.state import Delivered, Ended
 from quire.worker import convert
+from quire.worker.roles.course import Course
 
 if TYPE_CHECKING:
     from quire.engine.engine import Engine
     from quire.engine.loop import EngineLoop
+    from quire.engine.output import RemoteTimes
     from quire.engine.scheduler.remote import PrefillNeeded
     from quire.transfer.endpoint import Endpoint
     from quire.transfer.negotiate import Peer
@@ -60,6 +63,11 @@ class Prompt:
     num_leading: int = 0
     """Leading blocks of the transfer that are all delivered."""
     task: asyncio.Task[None] | None = None
+    course: Course = field(default_factory=Course)
+
+    def times(self, scheduled: float, first_token: float) -> RemoteTimes | None:
+        """On the engine thread, with the first token: what the time until then was spent on."""
+        return self.course.times(self.submit.prefill.worker, scheduled, first_token)
 
     def fence(self) -> None:
         """On the engine thread: return when nobody writes into the request's blocks any more."""
@@ -109,6 +117,7 @@ class DecodeRole:
             self._deliver(prompt, event.block)
         elif isinstance(event, Ended):
             self._drop(prompt)
+            prompt.course.ended = time.monotonic()
             if event.failure is not None or event.commit is None:
                 logger.warning(
                     "prefill of %s by %s failed (%s %s): computing the rest here",
@@ -118,6 +127,7 @@ class DecodeRole:
                 self._fall_back(prompt)
             else:
                 first = worker_pb2.FirstTokens.FromString(event.commit.meta)
+                prompt.course.first = first
                 self._loop.complete_remote(prompt.request_id, convert.drawn_from(first))
 
     def fence(self, prompt: Prompt) -> None:
@@ -152,6 +162,7 @@ class DecodeRole:
         try:
             async with asyncio.timeout(ACCEPT_TIMEOUT_S):
                 reply = await call.read()
+            prompt.course.accepted = time.monotonic()
             while isinstance(reply, worker_pb2.PrefillReply):
                 if reply.HasField("failed"):
                     logger.info("prefill of %s: %s", submit.request_id, reply.failed.message)
@@ -183,6 +194,7 @@ class DecodeRole:
 
     def _deliver(self, prompt: Prompt, block: int) -> None:
         prompt.delivered.add(block)
+        prompt.course.note_arrival()
         leading = prompt.num_leading
         while leading in prompt.delivered:
             leading += 1
