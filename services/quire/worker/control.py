@@ -14,6 +14,7 @@ from quire.worker.standing import Weights
 if TYPE_CHECKING:
     from quire.engine.engine import Engine
     from quire.engine.loop import EngineLoop
+    from quire.worker.disaggregation import Disaggregation
     from quire.worker.standing import Standing
 
 logger = logging.getLogger(__name__)
@@ -25,9 +26,17 @@ IDLE_POLL_S = 0.02
 class Commands:
     """Lives on the event loop."""
 
-    def __init__(self, loop: EngineLoop, standing: Standing, *, has_pinned_pool: bool) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        standing: Standing,
+        exchange: Disaggregation | None,
+        *,
+        has_pinned_pool: bool,
+    ) -> None:
         self._loop = loop
         self._standing = standing
+        self._exchange = exchange
         self._has_pinned_pool = has_pinned_pool
         """A network device may know the pool's pages: they must stay where they are."""
         self._falling_asleep = asyncio.Lock()
@@ -46,12 +55,22 @@ class Commands:
             if command == "wake":
                 async with self._falling_asleep:
                     return self._wake()
+            if command == "probe":
+                return await self._probe(request.probe)
             if command == "reset_prefix_cache":
                 count = await on_engine(self._loop, lambda engine: engine.reset_prefix_cache())
                 return _done(f"forgot {count} blocks")
         except TimeoutError:
             return _refused("the engine does not answer")
         raise ValueError(f"no such command: {command}")
+
+    async def _probe(self, probe: worker_pb2.Probe) -> worker_pb2.ControlReply:
+        if self._exchange is None:
+            return _refused("this worker exchanges no KV blocks")
+        try:
+            return await self._exchange.prober.run(probe)
+        except ValueError as error:
+            return _refused(str(error))
 
     def is_idle(self) -> bool:
         """The engine holds no request and no block for another worker. True only between steps."""

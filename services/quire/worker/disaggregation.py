@@ -11,6 +11,7 @@ from quire.transfer.endpoint import Endpoint
 from quire.transfer.layout import BlockLayout, Shard
 from quire.transfer.memory import PoolMemory
 from quire.transfer.negotiate import Identity
+from quire.worker.probe import Prober
 from quire.worker.roles.decode import DecodeRole
 from quire.worker.roles.fetch import FetchRole
 from quire.worker.roles.peers import Peers
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from quire.engine.loop import EngineLoop
     from quire.engine.request import EngineRequest
     from quire.engine.scheduler.remote import BlocksReady, PrefillNeeded
-    from quire.proto import worker_pb2
+    from quire.proto import transfer_pb2, worker_pb2
     from quire.transfer.state import Event
     from quire.worker.metrics import EngineMetrics
 
@@ -66,6 +67,9 @@ class Disaggregation:
     """Requests that others had."""
     source: SourceRole
     """Blocks of requests that others have now."""
+    known_as: transfer_pb2.Hello
+    """How others reach this worker for blocks, and what they must agree on with it."""
+    prober: Prober
 
     @classmethod
     def start(cls, options: TransferOptions, around: Surroundings) -> Disaggregation:
@@ -93,13 +97,17 @@ class Disaggregation:
         memory = PoolMemory(pool, backend.layout.block_bytes)
         endpoint = Endpoint(options.config, identity, memory, events)
         me = endpoint.start()
+        around.metrics.show_transfers(endpoint.counters)
+        known_as = identity.hello(me.listeners, options.config.kv_transports)
+        known_as.ClearField("nonce")
+        prober = Prober(endpoint, options.config.kv_transports)
         peers = Peers(Cluster(options.config))
         decode = DecodeRole(loop, endpoint, me, peers)
         prefill = PrefillRole(loop, endpoint)
         fetch = FetchRole(loop, endpoint, me, peers, around.metrics)
         source = SourceRole(loop, endpoint)
         events.roles = (decode, prefill, fetch, source)
-        return cls(endpoint, peers, decode, prefill, fetch, source)
+        return cls(endpoint, peers, decode, prefill, fetch, source, known_as, prober)
 
     @property
     def num_jobs(self) -> int:
@@ -121,6 +129,11 @@ class Disaggregation:
         """Blocks for other workers are computed."""
         for entry in ready:
             self.prefill.on_blocks_ready(entry)
+
+    def add_rates(self, load: worker_pb2.Load) -> None:
+        """How fast blocks reach this worker, and from whom."""
+        for peer, rate in self.endpoint.counters.flows.receive_rates().items():
+            load.transfer_rates.add(peer=peer, bytes_per_s=rate)
 
     async def close(self) -> None:
         """End every transfer and connection."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from quire.engine.request import FinishReason
 from quire.telemetry import metrics as m
+from quire.worker.transfer_metrics import show_transfers
 
 if TYPE_CHECKING:
     from quire.api.errors import ApiError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from quire.engine.output import Admission, ChoiceOutput
     from quire.engine.request import EngineRequest
     from quire.telemetry.instruments import Instruments
+    from quire.transfer.base import Counters
 
 
 @dataclass(slots=True)
@@ -34,6 +36,8 @@ class EngineMetrics:
 
     def __init__(self, instruments: Instruments) -> None:
         self._live: dict[str, _Live] = {}
+        self._instruments = instruments
+        self._transfers: Counters | None = None
         get = self._get = instruments.get
         self._steps, self._step_tokens = get(m.STEPS), get(m.STEP_TOKENS)
         self._step_duration = get(m.STEP_DURATION)
@@ -69,6 +73,10 @@ class EngineMetrics:
         self._get(m.MIGRATED_SEQUENCES, how).inc(max(len(request.resumed), 1))
         self._get(m.MIGRATED_BLOCKS).inc(num_blocks)
 
+    def show_transfers(self, counters: Counters) -> None:
+        """KV blocks are exchanged with other workers: counted here, shown with the rest."""
+        self._transfers = counters
+
     def state(self, state: EngineState, step_age_s: float) -> None:
         """Gauges, set when scraped."""
         get = self._get
@@ -84,6 +92,8 @@ class EngineMetrics:
         self._preemptions.value = state.preemptions
         self._queries.value = state.cache_queries
         self._hits.value = state.cache_hits
+        if self._transfers is not None:
+            show_transfers(self._instruments, self._transfers)
 
     def _observe(self, live: _Live, output: ChoiceOutput, now: float) -> None:
         count = len(output.token_ids)

@@ -96,7 +96,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._disaggregation = Disaggregation.start(transfer, around)
             self._standing.set_weights(transfer.role.weights)
         pinned = transfer is not None and "nixl" in transfer.config.kv_transports
-        self._commands = Commands(loop, self._standing, has_pinned_pool=pinned)
+        self._commands = Commands(
+            loop, self._standing, self._disaggregation, has_pinned_pool=pinned
+        )
         self._loop = loop
         loop.start()
         return loop
@@ -358,7 +360,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             await asyncio.sleep(WATCH_STARTUP_S)
         model = convert.model_info(loop.engine, self.incarnation)
         model.address = self.address
-        async for update in updates(loop, self._standing, model, request):
+        async for update in updates(loop, self._standing, model, request, self._disaggregation):
             if self._loop is None:
                 return
             yield update

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from quire.engine.loop import EngineLoop
+    from quire.worker.disaggregation import Disaggregation
     from quire.worker.standing import Standing
 
 LOAD_S = 1.0
@@ -24,8 +25,11 @@ async def updates(
     standing: Standing,
     model: worker_pb2.ModelInfo,
     request: worker_pb2.WatchRequest,
+    exchange: Disaggregation | None,
 ) -> AsyncIterator[worker_pb2.WorkerUpdate]:
     """Without end. The load is told once a second, and at once when the standing changes."""
+    if exchange is not None:
+        model.kv.CopyFrom(exchange.known_as)
     yield worker_pb2.WorkerUpdate(model=model)
     feed = CacheFeed(model.incarnation, request) if request.cache_events else None
     period = LOAD_S if feed is None else EVENTS_S
@@ -35,6 +39,8 @@ async def updates(
         if now >= next_load or standing.told != told:
             next_load, told = now + LOAD_S, standing.told
             load = convert.load_to(loop.state, loop.stalled_s())
+            if exchange is not None:
+                exchange.add_rates(load)
             yield worker_pb2.WorkerUpdate(load=convert.with_standing(load, standing))
         if feed is not None:
             for update in await feed.updates(loop):
