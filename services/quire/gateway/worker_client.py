@@ -171,6 +171,11 @@ class WorkerClient:
         except grpc.aio.AioRpcError as error:
             logger.warning("no metrics from the worker: %s", error.code().name)
             return ""
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return ""  # the connection was closed meanwhile
         return reply.metrics
 
     # ---- connection

@@ -162,6 +162,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def detach(self) -> None:
         """The engine stops: end what is exchanged with other workers."""
+        self._loop = None
+        for session in self._sessions.values():
+            session.close()
+        self._standing.end()
         if self._disaggregation is not None:
             await self._disaggregation.close()
 

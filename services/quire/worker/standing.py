@@ -44,6 +44,7 @@ class Standing:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.is_sleeping = False
+        self.is_over = False
         self.drain_deadline: float | None = None
         """time.monotonic() at which the worker ends whatever it still has; None: not draining."""
         self._change = asyncio.Event()
@@ -87,6 +88,11 @@ class Standing:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._change.wait()
+
+    def end(self) -> None:
+        """The worker ends now."""
+        self.is_over = True
+        self._changed()
 
     def _changed(self) -> None:
         self._change.set()

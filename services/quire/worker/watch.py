@@ -27,14 +27,14 @@ async def updates(
     request: worker_pb2.WatchRequest,
     exchange: Disaggregation | None,
 ) -> AsyncIterator[worker_pb2.WorkerUpdate]:
-    """Without end. The load is told once a second, and at once when the standing changes."""
+    """Until the worker ends. The load is told once a second, and at once when the standing changes."""
     if exchange is not None:
         model.kv.CopyFrom(exchange.known_as)
     yield worker_pb2.WorkerUpdate(model=model)
     feed = CacheFeed(model.incarnation, request) if request.cache_events else None
     period = LOAD_S if feed is None else EVENTS_S
     next_load, told = 0.0, standing.told
-    while True:
+    while not standing.is_over:
         now = asyncio.get_running_loop().time()
         if now >= next_load or standing.told != told:
             next_load, told = now + LOAD_S, standing.told
