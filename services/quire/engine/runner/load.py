@@ -113,7 +113,7 @@ def load_model(config: EngineConfig, report: Report) -> LoadedModel:
     report(Startup("resolve", config.model))
     choice = find_model(config)
     if config.tensor_parallel_size == 1:
-        return _loaded(choice, load_rank(choice, Place(), report))
+        return loaded_model(choice, load_rank(choice, Place(), report))
     from quire.engine.parallel.gang import Gang
     from quire.engine.parallel.runner import ParallelRunner
 
@@ -127,10 +127,10 @@ def load_model(config: EngineConfig, report: Report) -> LoadedModel:
         gang.give_up(error)
         raise
     runner = ParallelRunner(rank.runner, gang)
-    return replace(_loaded(choice, LoadedRank(runner, rank.device)), gang=gang)
+    return replace(loaded_model(choice, LoadedRank(runner, rank.device)), gang=gang)
 
 
-def _loaded(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
+def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
     return LoadedModel(
         config=choice.config,
         runner=rank.runner,

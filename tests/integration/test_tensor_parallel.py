@@ -1,0 +1,270 @@
+"""Tensor parallelism: the same tokens at any degree, whoever shares a step; ranks that are lost.
+
+Every architecture over ranks that are threads; one over processes; all of them over processes in
+the slow suite.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_models import SHARED
+from ranks import load_in_threads
+from test_parity import LENGTHS, generate, load, prompt, request
+from tiny_models import build
+
+from quire.api.sampling import SamplingParams
+from quire.config.engine import EngineConfig
+from quire.engine.loop import EngineLoop
+from quire.engine.parallel.gang import RankFailed
+from quire.engine.request import EngineRequest
+
+IDS = [tiny.name for tiny in SHARED]
+GQA, QWEN3 = IDS.index("llama-gqa3"), IDS.index("qwen3-qknorm")
+ENDED_S = 20
+"""Far beyond what a rank's end takes, far below any time limit of an exchange."""
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of an architecture, by index and dtype."""
+
+    @cache
+    def get(index: int, dtype: str = "float32") -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        build(SHARED[index], folder, dtype)
+        return folder
+
+    return get
+
+
+def requests():
+    return [request(i, prompt(i, length)) for i, length in enumerate(LENGTHS, start=1)]
+
+
+def in_threads(folder: Path, degree: int, **options):
+    defaults = {"kv_cache_memory_bytes": 8 << 20, "max_num_seqs": 8, "device": "cpu"}
+    return load_in_threads(
+        EngineConfig(
+            model=str(folder), tensor_parallel_size=degree, num_threads=1, **defaults | options
+        )
+    )
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("index", range(len(SHARED)), ids=IDS)
+def test_tokens_are_the_same_at_any_degree(checkpoint, index, degree) -> None:
+    folder = checkpoint(index)
+    want = generate(load(folder), requests())[0]
+
+    def check(how: str, **options) -> None:
+        engine = in_threads(folder, degree, **options)
+        assert generate(engine, requests())[0] == want, how
+        if how == "batched":
+            assert generate(engine, requests())[0] == want, "with a prefix hit"
+            assert engine.scheduler.counters.cache_hits > 100
+        assert (engine.scheduler.counters.preemptions > 0) == (how == "preempted")
+        engine.close_ranks()
+
+    check("batched")
+    if degree > 2:
+        return
+    check("chunked", max_num_batched_tokens=8, max_num_seqs=5)
+    block_bytes = in_threads(folder, degree).runner.backend.layout.block_bytes
+    check("preempted", kv_cache_memory_bytes=12 * block_bytes, max_model_len=110)
+    check("operation by operation", enforce_eager=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_logits_do_not_depend_on_who_shares_the_step(checkpoint, dtype) -> None:
+    folder = checkpoint(GQA, dtype)
+    alone = in_threads(folder, 2, enable_prefix_caching=False)
+    want = {}
+    for entry in requests():
+        want |= generate(alone, [entry])[1]
+    for options in ({}, {"max_num_batched_tokens": 8, "max_num_seqs": 5}):
+        _, got = generate(in_threads(folder, 2, **options), requests())
+        assert got.keys() == want.keys()
+        for key, logits in got.items():
+            assert torch.equal(logits, want[key]), key
+
+
+def test_narrow_dtypes_stay_as_close_to_the_truth(checkpoint) -> None:
+    """Ranks round their part of a sum to nothing narrower than float32."""
+    one, two = load(checkpoint(GQA, "bfloat16")), in_threads(checkpoint(GQA, "bfloat16"), 2)
+    entry = request(1, prompt(1, 101), max_tokens=1)
+    [a], [b] = (generate(engine, [entry])[1].values() for engine in (one, two))
+    assert (a - b).square().mean().sqrt() < 0.02 * a.std()
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint):
+    """A model on two processes, and the same on one."""
+    two = load(checkpoint(QWEN3), tensor_parallel_size=2)
+    yield two, load(checkpoint(QWEN3))
+    two.model.gang.close()
+
+
+def test_two_processes_give_the_tokens_of_one(pair) -> None:
+    two, one = pair
+    assert len(two.model.gang.pids) == 1
+    assert two.runner.backend.layout.num_kv_heads == 1
+    assert generate(two, requests())[0] == generate(one, requests())[0]
+
+
+def outputs_of(engine, entries):
+    for entry in entries:
+        engine.add_request(entry)
+    found: dict = {}
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault((output.request_id, output.choice), []).append(output)
+        engine.pool.check_integrity()
+    return found
+
+
+def test_draws_and_scores_are_those_of_one_process(pair) -> None:
+    """Parallel samples copy blocks on every rank; scores come from rank 0's joined logits."""
+    common = {"temperature": 0.9, "ignore_eos": True, "max_tokens": 20}
+    params = [{"n": 3}, {"top_p": 0.8, "logprobs": 3}, {"prompt_logprobs": 2}]
+    entries = [
+        EngineRequest(
+            request_id=str(seed),
+            prompt_token_ids=prompt(seed, 37),
+            params=SamplingParams(**common, **extra),
+            seed=seed,
+        )
+        for seed, extra in enumerate(params)
+    ]
+    two, one = (outputs_of(engine, entries) for engine in pair)
+    assert two.keys() == one.keys()
+    for key, mine in two.items():
+        assert [o.token_ids for o in mine] == [o.token_ids for o in one[key]], key
+    scores, wanted = (
+        [entry for o in found[("1", 0)] for entry in o.logprobs] for found in (two, one)
+    )
+    assert [entry.top_ids for entry in scores] == [entry.top_ids for entry in wanted]
+    assert [e.logprob for e in scores] == pytest.approx([e.logprob for e in wanted], abs=1e-3)
+
+
+def test_each_rank_has_room_for_as_many_blocks(checkpoint) -> None:
+    """Half the heads: twice the blocks in the same memory, and a profiling run agrees too."""
+    engine = load(checkpoint(GQA), tensor_parallel_size=2, kv_cache_memory_bytes=None)
+    try:
+        assert engine.runner.num_blocks > 0
+        assert generate(engine, requests())[0] == generate(load(checkpoint(GQA)), requests())[0]
+    finally:
+        engine.model.gang.close()
+
+
+def test_a_degree_that_does_not_fit_starts_nothing(checkpoint) -> None:
+    with pytest.raises(ValueError, match="over 1, 2, 4, 8 ranks: give --tensor-parallel-size"):
+        load(checkpoint(GQA), tensor_parallel_size=3)
+
+
+def test_a_cache_too_small_on_every_rank_is_one_line_for_the_user(checkpoint) -> None:
+    with pytest.raises(ValueError, match=r"use --max-model-len .* or less, or give"):
+        load(checkpoint(GQA), tensor_parallel_size=2, kv_cache_memory_bytes=4096)
+
+
+def wait_gone(pids) -> None:
+    deadline = time.monotonic() + ENDED_S
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a rank is left"
+        time.sleep(0.05)
+
+
+class Deaf:
+    """A sink that notes the engine's death."""
+
+    def __init__(self) -> None:
+        self.died = threading.Event()
+        self.error: BaseException | None = None
+
+    def on_death(self, error) -> None:
+        self.error = error
+        self.died.set()
+
+    def __getattr__(self, name: str):
+        return lambda *_: None
+
+
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGKILL, "killed by SIGKILL"), (signal.SIGSTOP, "no sign of life")],
+)
+def test_a_lost_rank_ends_the_engine(checkpoint, number, words, is_busy) -> None:
+    engine = load(checkpoint(GQA), tensor_parallel_size=2)
+    gang, sink = engine.model.gang, Deaf()
+    [pid] = gang.pids
+    loop = EngineLoop(engine, sink)
+    loop.start()
+    if is_busy:
+        loop.submit(request(1, prompt(1, 90), max_tokens=400))
+        while loop.state.steps < 3:
+            time.sleep(0.01)
+    os.kill(pid, number)
+    assert sink.died.wait(ENDED_S), "the engine goes on"
+    assert isinstance(sink.error, RankFailed)
+    assert words in str(sink.error)
+    assert f"rank 1 (pid {pid})" in str(sink.error)
+    wait_gone([pid])
+    with pytest.raises(RankFailed, match=words):
+        engine.add_request(request(2, prompt(2, 20)))
+        engine.step()
+
+
+def test_ranks_end_with_a_script_that_is_killed(checkpoint, tmp_path) -> None:
+    script = (
+        "import sys, time\n"
+        "from quire import LLM\n"
+        f"llm = LLM({str(checkpoint(GQA))!r}, tensor_parallel_size=2, device='cpu',\n"
+        f"          kv_cache_memory_bytes=8 << 20, tokenizer='demo')\n"
+        "print(*llm.engine.model.gang.pids, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        pids = list(map(int, process.stdout.readline().split()))
+        assert len(pids) == 1
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    wait_gone(pids)
+
+
+def test_without_tensor_parallelism_nothing_of_it_is_imported(checkpoint) -> None:
+    script = (
+        "import sys\n"
+        "from quire import LLM\n"
+        f"LLM({str(checkpoint(GQA))!r}, kv_cache_memory_bytes=8 << 20, tokenizer='demo')\n"
+        "assert 'quire.engine.parallel' not in sys.modules\n"
+        "import torch.distributed\n"
+        "assert not torch.distributed.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("index", range(len(SHARED)), ids=IDS)
+def test_processes_give_the_tokens_of_one_for_every_architecture(checkpoint, index, degree) -> None:
+    folder = checkpoint(index)
+    want = generate(load(folder), requests())[0]
+    for options in ({}, {"max_num_batched_tokens": 8, "max_num_seqs": 5}, {"enforce_eager": True}):
+        engine = load(folder, tensor_parallel_size=degree, **options)
+        try:
+            assert generate(engine, requests())[0] == want, options
+        finally:
+            engine.model.gang.close()
