@@ -48,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     # for tests of the tools themselves
     "tiny": LLAMA
     | _sizes(64, 2, (4, 2), 128)
-    | {"head_dim": 16, "vocab_size": 8192, "tie_word_embeddings": True},
+    | {"head_dim": 32, "vocab_size": 8192, "tie_word_embeddings": True},
     "S": LLAMA
     | _sizes(256, 8, (8, 4), 768)
     | {"head_dim": 32, "vocab_size": 8192, "tie_word_embeddings": False},
