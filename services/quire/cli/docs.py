@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from quire.cli import chat, collect_env, complete, gateway, router, serve, worker
+from quire.cli import chat, collect_env, complete, control, gateway, router, serve, worker
 from quire.cli.bench import latency, throughput
 from quire.cli.bench import serve as bench_serve
 from quire.config.base import field_docs, options_of
@@ -27,6 +27,7 @@ INTRODUCTION = """\
     quire gateway                  the same in front of workers elsewhere
     quire router                   choose workers for the requests of gateways
     quire worker [MODEL]           run one engine for gateways elsewhere
+    quire control ADDRESS COMMAND  drain, flip, put to sleep or ask one worker
     quire chat                     talk to a model on a running server
     quire complete PROMPT          complete one prompt on a running server
     quire bench throughput|latency|serve
@@ -67,8 +68,8 @@ Names are vLLM's where the meaning is the same; other spellings are listed with 
 are accepted, with a warning that says why they change nothing:
 """
 COMMANDS = (
-    serve.COMMAND, gateway.COMMAND, router.COMMAND, worker.COMMAND, chat.COMMAND,
-    complete.COMMAND, throughput.COMMAND, latency.COMMAND, bench_serve.COMMAND,
+    serve.COMMAND, gateway.COMMAND, router.COMMAND, worker.COMMAND, control.COMMAND,
+    chat.COMMAND, complete.COMMAND, throughput.COMMAND, latency.COMMAND, bench_serve.COMMAND,
     collect_env.COMMAND,
 )  # fmt: skip
 

@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, SubCommand] = {
     "gateway": SubCommand("quire.cli.gateway", "serve the API in front of workers elsewhere"),
     "router": SubCommand("quire.cli.router", "choose workers for the requests of gateways"),
     "worker": SubCommand("quire.cli.worker", "run one engine for gateways elsewhere"),
+    "control": SubCommand("quire.cli.control", "drain, flip, put to sleep or ask one worker"),
     "chat": SubCommand("quire.cli.chat", "talk to a model on a running server"),
     "complete": SubCommand("quire.cli.complete", "complete one prompt on a running server"),
     "bench": SubCommand("quire.cli.bench", "measure throughput, latency, or a running server"),
