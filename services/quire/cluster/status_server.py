@@ -6,6 +6,7 @@ token, the metrics need the cluster's where there is one.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from dataclasses import dataclass
@@ -64,7 +65,13 @@ async def serve_status(status: Status, sock: socket.socket) -> None:
     server = uvicorn.Server(config)
     # signals are the process's own
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-    await server.serve(sockets=[sock])
+    with sock:
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        try:
+            await asyncio.shield(serving)
+        finally:
+            server.should_exit = True
+            await serving
 
 
 def _app(status: Status) -> Starlette:

@@ -25,8 +25,10 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.cluster_token == "":
-            raise ValueError("cluster_token must not be empty")
+        token = self.cluster_token
+        if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
+            # the line break behind a secret in a file, above all
+            raise ValueError("cluster_token must be printable ASCII, without line breaks")
         files = (self.cluster_tls_cert, self.cluster_tls_key, self.cluster_tls_ca)
         if any(files) and not all(files):
             raise ValueError("cluster_tls_cert, cluster_tls_key and cluster_tls_ca go together")

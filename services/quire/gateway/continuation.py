@@ -293,7 +293,9 @@ class Continuation:
     def _note_admission(self, admission: Admission) -> None:
         """A worker took the request up: what it says is the trace's, and its router's to hear."""
         self.trace.admitted(admission)
-        if self._place is not None and self._place.decided is not None:
+        # behind tokens that others gave, it tells of the prompt, and the router spoke of all
+        fresh = not self.journal.num_tokens
+        if fresh and self._place is not None and self._place.decided is not None:
             self._place.decided.observe(admission)
 
     def _time_left(self) -> float | None:
