@@ -5,7 +5,20 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from quire.cli import chat, collect_env, complete, control, gateway, router, serve, worker
+from quire.cli import (
+    chat,
+    collect_env,
+    complete,
+    control,
+    gateway,
+    role,
+    router,
+    scale,
+    serve,
+    status,
+    up,
+    worker,
+)  # fmt: skip
 from quire.cli.bench import latency, throughput
 from quire.cli.bench import serve as bench_serve
 from quire.config.base import field_docs, options_of
@@ -27,6 +40,10 @@ INTRODUCTION = """\
     quire gateway                  the same in front of workers elsewhere
     quire router                   choose workers for the requests of gateways
     quire worker [MODEL]           run one engine for gateways elsewhere
+    quire up -f fleet.yaml         keep a fleet of engine replicas running on Ray
+    quire status                   show the pods of a fleet
+    quire scale POOL=N ...         change how many replicas a fleet's pools have
+    quire role POD ROLE            change what a pod of a fleet is for
     quire control ADDRESS COMMAND  drain, flip, put to sleep or ask one worker
     quire chat                     talk to a model on a running server
     quire complete PROMPT          complete one prompt on a running server
@@ -68,8 +85,9 @@ Names are vLLM's where the meaning is the same; other spellings are listed with 
 are accepted, with a warning that says why they change nothing:
 """
 COMMANDS = (
-    serve.COMMAND, gateway.COMMAND, router.COMMAND, worker.COMMAND, control.COMMAND,
-    chat.COMMAND, complete.COMMAND, throughput.COMMAND, latency.COMMAND, bench_serve.COMMAND,
+    serve.COMMAND, gateway.COMMAND, router.COMMAND, worker.COMMAND, up.COMMAND, status.COMMAND,
+    scale.COMMAND, role.COMMAND, control.COMMAND, chat.COMMAND,
+    complete.COMMAND, throughput.COMMAND, latency.COMMAND, bench_serve.COMMAND,
     collect_env.COMMAND,
 )  # fmt: skip
 

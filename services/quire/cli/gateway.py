@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from quire.cli.http_server import NoChildren, Upstreams, run_server
+from quire.cli.http_server import FirstReady, NoChildren, Upstreams, run_server
 from quire.cli.startup import Quiet, StartupWatch
 from quire.config.cluster import ClusterConfig
 from quire.config.flags import Command, parse
@@ -16,7 +16,7 @@ from quire.config.router import RouterConfig
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from quire.cli.http_server import HttpServer
+    from quire.cli.http_server import HttpServer, Watch
 
 COMMAND = Command(
     prog="quire gateway",
@@ -43,14 +43,17 @@ def run(argv: Sequence[str]) -> int:
         tokenizer=resolved.get(TokenizerConfig),
         router=resolved.get(RouterConfig),
         routers=resolved.get(UpstreamConfig).router,
+        discovery=resolved.get(UpstreamConfig),
     )
 
     async def serve(server: HttpServer) -> int:
         server.model_name = next(iter(server.config.served_model_name), "")
-        watches = [
+        watches: list[Watch] = [
             StartupWatch(address, Quiet(), server.ready, upstreams.cluster)
             for address in upstreams.workers.values()
         ]
+        if upstreams.discovery.coordinator is not None:
+            watches = [FirstReady(server)]
         return await server.run(upstreams, NoChildren(), watches)
 
     return run_server(COMMAND.prog, resolved.get(GatewayConfig), resolved.get(LogConfig), serve)

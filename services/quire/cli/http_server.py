@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quire.cli.listen import ListenError, closing, listen
+from quire.config.discovery import NO_DISCOVERY
 from quire.telemetry import logging as logs
 from quire.telemetry.instruments import Instruments, new_registry
 from quire.telemetry.metrics import gateway_instruments, router_instruments
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     import uvicorn
     from prometheus_client.registry import CollectorRegistry
 
-    from quire.cli.startup import StartupWatch
     from quire.config.cluster import ClusterConfig
+    from quire.config.discovery import DiscoveryConfig
     from quire.config.gateway import GatewayConfig, TokenizerConfig
     from quire.config.logs import LogConfig
     from quire.config.router import RouterConfig
@@ -60,6 +61,13 @@ class Children(Protocol):
 
     def kill(self) -> None:
         """End them now."""
+
+
+class Watch(Protocol):
+    """Looks after a start."""
+
+    async def run(self) -> None:
+        """Until cancelled, or until there is nothing more to see."""
 
 
 class NoChildren:
@@ -95,6 +103,8 @@ class Upstreams:
     """gRPC addresses of routers to ask."""
     owns_workers: bool = False
     """They are this server's own, and their metrics are shown with its."""
+    discovery: DiscoveryConfig = NO_DISCOVERY
+    """Who tells of workers beside those in `workers`."""
 
 
 @dataclass
@@ -115,9 +125,7 @@ class HttpServer:
         self.instruments: Instruments = gateway_instruments(self.registry)
         self.began = time.monotonic()
 
-    async def run(
-        self, upstreams: Upstreams, children: Children, watches: Sequence[StartupWatch]
-    ) -> int:
+    async def run(self, upstreams: Upstreams, children: Children, watches: Sequence[Watch]) -> int:
         """Serve until a signal, or until the children are given up; returns the exit code."""
         with _Signals(children) as signals:
             living = asyncio.create_task(children.run())
@@ -184,21 +192,37 @@ class HttpServer:
 
     def _connect(self, upstreams: Upstreams) -> Upstream:
         from quire.cluster.rpc import Cluster
-        from quire.gateway.app import Upstream, clients_of
+        from quire.gateway.app import Upstream, clients_of, connector
         from quire.gateway.routers import OwnRouter, RemoteRouter, Replica
         from quire.gateway.routing import RouterPlacement
+        from quire.gateway.workers import Joining
+        from quire.router.coordinated import discover
 
         cluster = Cluster(upstreams.cluster)
+        pods = discover(upstreams.discovery, upstreams.workers, cluster)
+        is_fixed = upstreams.discovery.coordinator is None
         routers: list[Replica] = [RemoteRouter(address, cluster) for address in upstreams.routers]
         if not routers:
             instruments = router_instruments(self.registry)
-            own = OwnRouter(upstreams.router, upstreams.workers, instruments, cluster)
+            own = OwnRouter(upstreams.router, pods, instruments, cluster)
             routers.append(own)
         return Upstream(
-            workers=clients_of(upstreams.workers, self.config, cluster),
+            workers=clients_of(upstreams.workers, self.config, cluster) if is_fixed else [],
+            joining=None if is_fixed else Joining(pods, connector(self.config, cluster)),
             placement=RouterPlacement(routers, self.instruments),
             owns_workers=upstreams.owns_workers,
         )
+
+
+@dataclass(frozen=True)
+class FirstReady:
+    """Greets when the server is ready, whichever workers it has by then."""
+
+    server: HttpServer
+
+    async def run(self) -> None:
+        """Once."""
+        await self.server.ready("")
 
 
 def run_server(

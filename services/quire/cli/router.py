@@ -38,6 +38,7 @@ def run(argv: Sequence[str]) -> int:
             pods=server.pods,
             cluster=cluster,
             http_port=server.http_port,
+            discovery=server,
         )
         return await serve_router(options, never)
 

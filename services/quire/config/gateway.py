@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from quire.config.address import check_address, is_loopback, named_address
 from quire.config.base import check_fields
+from quire.config.discovery import DiscoveryConfig
 from quire.config.option import option
 
 MIB = 1 << 20
@@ -129,7 +130,7 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpstreamConfig:
+class UpstreamConfig(DiscoveryConfig):
     """What a gateway without workers of its own talks to."""
 
     worker: tuple[str, ...] = option((), "upstream")
@@ -140,11 +141,11 @@ class UpstreamConfig:
     answer, and while none does the least busy worker is taken."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         for address in self.router:
             check_address(address)
-        if not self.worker:
-            raise ValueError("worker: at least one address is needed")
+        if not (self.worker or self.coordinator):
+            raise ValueError("worker: at least one address is needed, or a coordinator's")
         if len(self.workers) < len(self.worker):
             raise ValueError("worker: two workers have the same name")
 

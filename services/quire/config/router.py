@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from quire.config.address import named_address
 from quire.config.base import check_fields
+from quire.config.discovery import DiscoveryConfig
 from quire.config.option import option
 from quire.config.worker import check_listen
 
@@ -60,7 +61,7 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterServerConfig:
+class RouterServerConfig(DiscoveryConfig):
     """Where a router process listens, and whom it routes to."""
 
     listen: str = option("127.0.0.1:9100", "server")
@@ -73,7 +74,7 @@ class RouterServerConfig:
     address is its name. Gateways must call it the same."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         check_listen(self.listen, self.http_port)
         if len(self.pods) < len(self.pod):
             raise ValueError("pod: two pods have the same name")

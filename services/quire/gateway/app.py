@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from quire.config.gateway import GatewayConfig, TokenizerConfig
     from quire.gateway.placement import Placement
     from quire.gateway.worker import Worker
+    from quire.gateway.workers import Joining
     from quire.telemetry.instruments import Instruments
 
 logger = logging.getLogger(__name__)
@@ -58,17 +59,24 @@ class Upstream:
     placement: Placement = field(default_factory=LeastLoad)
     owns_workers: bool = True
     """/metrics shows the workers' too: nobody else scrapes them."""
+    joining: Joining | None = None
+    """How workers come and go; `workers` are all of them without."""
 
 
 def clients_of(
     workers: Mapping[str, str], config: GatewayConfig, cluster: Cluster | None = None
 ) -> list[WorkerClient]:
     """Workers by name and gRPC address."""
+    connect = connector(config, cluster)
+    return [connect(name, address) for name, address in workers.items()]
+
+
+def connector(
+    config: GatewayConfig, cluster: Cluster | None = None
+) -> Callable[[str, str], WorkerClient]:
+    """Makes a worker's client from its name and gRPC address."""
     vigilance = Vigilance(config.worker_silence, config.max_step_age)
-    return [
-        WorkerClient(address, vigilance, name=name, cluster=cluster)
-        for name, address in workers.items()
-    ]
+    return lambda name, address: WorkerClient(address, vigilance, name=name, cluster=cluster)
 
 
 def create_app(
@@ -91,6 +99,8 @@ def create_app(
         placement=upstream.placement,
         on_resubmission=traffic.resubmitted,
     )
+    if upstream.joining is not None:
+        fleet.follow(upstream.joining)
     parts = Parts(
         config=config,
         workers=fleet,

@@ -19,15 +19,13 @@ from quire.cluster.rpc import Cluster
 from quire.proto import router_pb2
 from quire.proto.router_pb2_grpc import RouterStub
 from quire.router import convert
-from quire.router.discovery import StaticPods
 from quire.router.pods import watch_pods
 from quire.router.router import Router
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from quire.config.router import RouterConfig
     from quire.proto.router_pb2_grpc import RouterAsyncStub
+    from quire.router.discovery import Discovery
     from quire.router.query import RouteQuery
     from quire.telemetry.instruments import Instruments
 
@@ -93,7 +91,7 @@ class OwnRouter:
     def __init__(
         self,
         config: RouterConfig,
-        pods: Mapping[str, str],
+        pods: Discovery,
         instruments: Instruments,
         cluster: Cluster | None = None,
     ) -> None:
@@ -103,7 +101,7 @@ class OwnRouter:
     async def run(self) -> None:
         """Watch the workers."""
         fleet, clock = self.router.fleet, self.router.clock
-        await watch_pods(StaticPods(self._pods), fleet, clock, self._instruments, self._cluster)
+        await watch_pods(self._pods, fleet, clock, self._instruments, self._cluster)
 
     async def route(self, query: RouteQuery) -> router_pb2.RouteReply:
         """Raises NoDecision while it knows no pod for the request."""

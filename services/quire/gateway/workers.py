@@ -8,6 +8,7 @@ submit ─▶ Continuation per prompt ─▶ Placement ─▶ Worker
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quire.gateway.continuation import Continuation, Patience
@@ -23,11 +24,25 @@ if TYPE_CHECKING:
 
     from quire.gateway.placement import Place, Placement
     from quire.gateway.worker import Worker
+    from quire.router.discovery import Discovery
 
 SUMMED = (
     "running", "waiting", "queued_tokens", "blocks_free", "blocks_cached", "blocks_owned",
     "prefill_tokens",
 )  # fmt: skip
+
+
+LINGER_S, LINGER_POLL_S = 2.0, 0.1
+"""A worker that is none of ours any more is still told that its requests have moved."""
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How workers come and go."""
+
+    discovery: Discovery
+    connect: Callable[[str, str], Worker]
+    """Name and address -> a worker, not yet running."""
 
 
 class Workers:
@@ -43,26 +58,73 @@ class Workers:
         on_resubmission: Callable[[Loss], None] = lambda _: None,
     ) -> None:
         """`max_backlog` is in tokens per choice, see `Replies`."""
-        self.all = tuple(workers)
+        self.all: tuple[Worker, ...] = ()
+        self._leaving: set[Worker] = set()
+        self._joining: Joining | None = None
+        self._members = asyncio.Event()
         self.patience = patience
         self._max_backlog = max_backlog
         self.placement = placement or LeastLoad()
         self.resubmitted = on_resubmission
         self._tasks: set[asyncio.Task[None]] = set()
         self._change = asyncio.Event()
+        self.set(workers)
+
+    def follow(self, joining: Joining) -> None:
+        """Have `run` see who comes and goes."""
+        self._joining = joining
+
+    def set(self, workers: Sequence[Worker]) -> None:
+        """These are the workers from now on.
+
+        Requests of those that are not among them go elsewhere; while nothing else is ready they go
+        on where they are.
+        """
+        self._leaving |= set(self.all).difference(workers)
+        self.all = tuple(workers)
         for worker in self.all:
             worker.on_change = self._on_change
+        self._members.set()
+        self._on_change()
 
     async def run(self) -> None:
         """Keep all connections until cancelled."""
         try:
-            async with asyncio.TaskGroup() as connections:
-                for worker in self.all:
-                    connections.create_task(worker.run(), name=f"worker {worker.name}")
+            async with asyncio.TaskGroup() as group:
+                if self._joining is not None:
+                    group.create_task(self._follow(self._joining), name="discovery")
+                await self._connect(group)
         finally:
             for task in tuple(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _follow(self, joining: Joining) -> None:
+        """Whoever is discovered."""
+        known: dict[tuple[str, str], Worker] = {}
+        async for pods in joining.discovery.watch():
+            known = {pod: known.get(pod) or joining.connect(*pod) for pod in pods.items()}
+            self.set(tuple(known.values()))
+
+    async def _connect(self, group: asyncio.TaskGroup) -> None:
+        """A connection for each worker, for as long as it is one."""
+        running: dict[Worker, asyncio.Task[None]] = {}
+        while True:
+            self._members.clear()
+            for worker in self.all:
+                if worker not in running:
+                    task = group.create_task(worker.run(), name=f"worker {worker.name}")
+                    running[worker] = task
+            for worker in self._leaving & running.keys():
+                group.create_task(self._see_off(worker, running.pop(worker)))
+            await self._members.wait()
+
+    async def _see_off(self, worker: Worker, connection: asyncio.Task[None]) -> None:
+        await asyncio.sleep(LINGER_S)
+        while worker.num_open:  # noqa: ASYNC110 - of a protocol without such an event
+            await asyncio.sleep(LINGER_POLL_S)
+        connection.cancel()
+        self._leaving.discard(worker)
 
     # ---- as one worker
 
@@ -86,7 +148,7 @@ class Workers:
     def startup(self) -> worker_pb2.Startup:
         """The start-up phase: of a ready worker, else of the first that can be reached."""
         ordered = sorted(self.all, key=lambda w: (not w.ready, w.startup.phase == "connect"))
-        return ordered[0].startup
+        return ordered[0].startup if ordered else worker_pb2.Startup(phase="discover")
 
     @property
     def load(self) -> worker_pb2.Load:
@@ -141,7 +203,8 @@ class Workers:
             return None
         candidates = [worker for worker in ready if worker.name not in run.tried] or ready
         named = {worker.name for worker in candidates}
-        others = frozenset(worker.name for worker in self.all if worker.name not in named)
+        known = (*self.all, *self._leaving)
+        others = frozenset(worker.name for worker in known if worker.name not in named)
         return await self.placement.pick(run, candidates, others)
 
     def has_untried(self, run: Continuation) -> bool:
@@ -172,6 +235,7 @@ class Workers:
         self._change.set()
         self._change = asyncio.Event()
         if self.ready:
-            for worker in self.all:
-                if worker.load.draining and worker.num_open:
+            for worker in (*self.all, *self._leaving):
+                is_leaving = worker.load.draining or worker in self._leaving
+                if is_leaving and worker.num_open:
                     worker.release(Loss.DRAINING)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quire.cluster.rpc import PLAIN, Cluster
+from quire.config.discovery import NO_DISCOVERY
 from quire.proto import router_pb2_grpc
-from quire.router.discovery import StaticPods
+from quire.router.coordinated import discover
 from quire.router.metrics import set_fleet_gauges
 from quire.router.pods import MAX_MESSAGE_BYTES, watch_pods
 from quire.router.router import Router
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
     from quire.config.cluster import ClusterConfig
+    from quire.config.discovery import DiscoveryConfig
     from quire.config.router import RouterConfig
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ class RouterOptions:
     cluster: ClusterConfig = PLAIN
     http_port: int = 0
     """Of probes and metrics over HTTP; 0 for none."""
+    discovery: DiscoveryConfig = NO_DISCOVERY
+    """Who tells of pods beside those in `pods`."""
 
 
 async def serve(options: RouterOptions, orphaned: Callable[[], Awaitable[None]]) -> int:
@@ -70,9 +74,8 @@ async def serve(options: RouterOptions, orphaned: Callable[[], Awaitable[None]])
         return CANNOT_SERVE
     await server.start()
     logger.info("routing to %d pods, listening on %s", len(options.pods), options.listen)
-    watching = watch_pods(
-        StaticPods(options.pods), router.fleet, router.clock, instruments, cluster
-    )
+    pods = discover(options.discovery, options.pods, cluster)
+    watching = watch_pods(pods, router.fleet, router.clock, instruments, cluster)
     try:
         await _until_one_ends(watching, orphaned(), _signalled(), *status)
     finally:

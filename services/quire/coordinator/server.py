@@ -1,0 +1,141 @@
+"""The coordinator process.
+
+    listen -> state of the predecessor -> Ray -> take over -> control loop
+
+Exit codes: 0 after an orderly stop, 1 when another coordinator took over, 2 when it cannot serve
+(one line on stderr says what to change). It may be killed at any moment: engines, and their
+supervisors on Ray, run on and are found again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+from quire.cluster.rpc import Cluster
+from quire.coordinator.client import drain_engine, leads
+from quire.coordinator.coordinator import Coordinator, Deposed, Refused
+from quire.coordinator.placement import HeadAway, RayCluster, RayError
+from quire.coordinator.service import CoordinatorService
+from quire.coordinator.state import StateError, StateFolder
+from quire.proto import coordinator_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from quire.config.fleet import Fleet
+
+logger = logging.getLogger(__name__)
+
+DEPOSED, CANNOT_SERVE = 1, 2
+RETRY_S = 5.0
+STOP_GRACE_S = 0.5
+
+
+async def serve(
+    fleet: Fleet, *, ended: Callable[[], Awaitable[None]], ends_with_fleet: bool
+) -> int:
+    """Run until SIGTERM or SIGINT, or until `ended` returns; returns the exit code.
+
+    SIGTERM leaves the fleet running for the next coordinator. SIGINT, and `ended` where
+    `ends_with_fleet`, end it.
+    """
+    try:
+        folder = StateFolder(fleet.coordinator.folder)
+    except StateError as error:
+        return _cannot(str(error))
+    network = Cluster(fleet.transfer)
+    server = network.server()
+    ray = RayCluster(fleet.coordinator)
+    try:
+        coordinator = Coordinator(
+            fleet, ray, folder, partial(leads, network), partial(drain_engine, network)
+        )
+        service = CoordinatorService(coordinator, ray)
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, server)
+        network.bind(server, fleet.coordinator.listen)
+        await server.start()
+        return await _run(coordinator, service, ray, _Ending(ended, ends_with_fleet))
+    except (StateError, Refused, RayError) as error:
+        return _cannot(str(error))
+    except OSError as error:
+        return _cannot(f"{error}; give the coordinator another --listen address")
+    except Deposed as error:
+        print(f"quire: error: {error}", file=sys.stderr, flush=True)
+        return DEPOSED
+    finally:
+        await server.stop(STOP_GRACE_S)
+        ray.disconnect()
+        folder.close()
+
+
+class _Ending:
+    """When the process shall end, and whether the fleet ends with it."""
+
+    def __init__(self, ended: Callable[[], Awaitable[None]], ends_with_fleet: bool) -> None:
+        self.with_fleet = False
+        self._event = asyncio.Event()
+        self._ended, self._ends_with_fleet = ended, ends_with_fleet
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._event.set)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self) -> None:
+        self.with_fleet = True
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Return when it shall end."""
+        parent = asyncio.ensure_future(self._ended())
+        asked = asyncio.ensure_future(self._event.wait())
+        await asyncio.wait((parent, asked), return_when=asyncio.FIRST_COMPLETED)
+        if parent.done():
+            parent.result()
+            self.with_fleet = self._ends_with_fleet
+        for one in (parent, asked):
+            one.cancel()
+
+
+async def _run(
+    coordinator: Coordinator, service: CoordinatorService, ray: RayCluster, ending: _Ending
+) -> int:
+    stop = asyncio.create_task(ending.wait())
+    working = asyncio.create_task(_work(coordinator, service, ray))
+    await asyncio.wait((stop, working), return_when=asyncio.FIRST_COMPLETED)
+    if working.done():
+        stop.cancel()
+        working.result()
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    if ending.with_fleet and service.in_charge:
+        logger.info("ending the fleet")
+        await coordinator.remove_all()
+    return 0
+
+
+async def _work(coordinator: Coordinator, service: CoordinatorService, ray: RayCluster) -> None:
+    """Raises Refused and RayError while nothing runs yet, and Deposed."""
+    config = coordinator.fleet.coordinator
+    while True:
+        try:
+            await ray.connect()
+            await coordinator.take_over()
+            break
+        except RayError as error:
+            if not coordinator.topology.pods and not isinstance(error, HeadAway):
+                raise
+            # pods may run, and gateways want to know where
+            logger.warning("%s; trying again in %g s", error, RETRY_S)
+            await asyncio.sleep(RETRY_S)
+    service.in_charge = True
+    logger.info("in charge of fleet %s, listening on %s", config.fleet, config.listen)
+    await coordinator.run()
+
+
+def _cannot(message: str) -> int:
+    print(f"quire: error: {message}", file=sys.stderr, flush=True)
+    return CANNOT_SERVE

@@ -1,0 +1,303 @@
+"""Keeps one engine: finds it or starts it, watches it, starts it again when it has died.
+
+    adopt ─▶ starting ──answers──▶ ready ──asked──▶ stopping ─▶ (gone)
+      start ─▶ │ dies                │ dies
+        ▲      ▼                     ▼
+        └─ restarting: 0.5, 1, 2 ... 30 s; back to the first after a calm minute
+           failed: it said that it cannot serve, tried again every 30 s
+
+A restarted engine keeps its port and its devices: who knows its address finds it again although
+nobody that could tell them is there. Knows nothing of Ray; `quire.coordinator.placement` makes an
+actor of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from quire.cluster.rpc import Cluster
+from quire.config.address import split_address
+from quire.config.cluster import ClusterConfig
+from quire.coordinator import engine_process, files
+from quire.coordinator.reconcile import State
+from quire.proto import worker_pb2
+from quire.proto.worker_pb2_grpc import WorkerStub
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from quire.coordinator.engine_process import Engine, Exit
+    from quire.proto.worker_pb2_grpc import WorkerAsyncStub
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.1
+"""Between two looks at the engine's process."""
+PROBE_S, PROBE_TIMEOUT_S = 0.5, 2.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+CALM_S = 60.0
+KILL_GRACE_S = 5.0
+"""On top of its own drain timeout, for an engine that was told to end."""
+COMMAND_TIMEOUT_S = 5.0
+WEIGHTS = {"prefill": (1.0, 0.0), "decode": (0.0, 1.0), "both": (1.0, 1.0)}
+"""Role -> share of prefill and of decode work."""
+
+
+class StaleTerm(Exception):
+    """A command of a coordinator that another one has taken over from."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a supervisor shall keep running. Sent between hosts: plain values only."""
+
+    fleet: str
+    pod: str
+    term: int
+    digest: str
+    role: str
+    host: str | None
+    """To listen on; None for the node's own address."""
+    port: int
+    orphan_s: float
+    drain_s: float
+    options: dict[str, Any] = field(repr=False)
+    """Of `quire worker`, without addresses and role."""
+    cluster: dict[str, Any] = field(repr=False)
+    """Token and certificates."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A replica as its supervisor sees it. Sent between hosts: plain values only."""
+
+    state: State
+    digest: str
+    role: str
+    reason: str = ""
+    address: str = ""
+    host: str = ""
+    pid: int = 0
+    restarts: int = 0
+    resident_bytes: int = 0
+    startup_s: float = 0.0
+    adopted: bool = False
+
+
+def next_delay_s(delay_s: float, was_ready_s: float) -> float:
+    """Back-off before the next start, after an engine that was ready for `was_ready_s`."""
+    if was_ready_s >= CALM_S:
+        return FIRST_DELAY_S
+    return min(2 * delay_s, LONGEST_DELAY_S)
+
+
+class Supervisor:
+    """Starts its work at once, in a thread of its own. All methods from any thread."""
+
+    def __init__(self, assignment: Assignment, node_host: str = "127.0.0.1") -> None:
+        """Raises OSError when the engine's folder cannot be used."""
+        self._assignment = assignment
+        self._host = assignment.host or node_host
+        self._folder: Path = files.engine_folder(assignment.fleet, assignment.pod)
+        self._term = assignment.term
+        self._cluster = Cluster(ClusterConfig(**assignment.cluster))
+        self._report = Report(State.STARTING, assignment.digest, assignment.role, host=node_host)
+        self._stopping = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name=assignment.pod, daemon=True)
+        self._thread.start()
+
+    def report(self) -> Report:
+        """How it stands."""
+        return replace(self._report, resident_bytes=files.resident_bytes(self._report.pid))
+
+    def set_role(self, term: int, role: str) -> None:
+        """Another role for the engine, now and after restarts.
+
+        Raises StaleTerm; OSError when the engine does not take it.
+        """
+        self._check(term)
+        command = asyncio.run_coroutine_threadsafe(self._send_role(role), self._loop)
+        command.result(COMMAND_TIMEOUT_S + 1)
+        self._report = replace(self._report, role=role)
+
+    def stop(self, term: int) -> None:
+        """Drain and end the engine. `is_stopped` says when it is done. Raises StaleTerm."""
+        self._check(term)
+        self._stopping.set()
+
+    def is_stopped(self) -> bool:
+        """Nothing is left of the engine."""
+        return not self._thread.is_alive()
+
+    # ---- in the thread
+
+    def _run_loop(self) -> None:
+        with ThreadPoolExecutor(2, thread_name_prefix="engine") as executor:
+            self._loop.set_default_executor(executor)
+            self._loop.run_until_complete(self._run())
+
+    async def _run(self) -> None:
+        engine = await asyncio.to_thread(self._adopt)
+        delay = FIRST_DELAY_S
+        while not self._stopping.is_set():
+            try:
+                if engine is None:
+                    engine = await asyncio.to_thread(self._start)
+            except OSError as error:
+                self._report = replace(self._report, state=State.FAILED, reason=str(error), pid=0)
+                await self._pause(LONGEST_DELAY_S)
+                continue
+            ready_s = await self._watch(engine)
+            if self._stopping.is_set():
+                break
+            ended = await asyncio.to_thread(engine_process.exit_of, self._folder, engine)
+            delay = next_delay_s(delay, ready_s)
+            await self._recover(ended, delay)
+            engine = None
+        if engine is not None:
+            await self._end(engine)
+
+    def _adopt(self) -> Engine | None:
+        """The engine that runs here already; one with other options is drained first."""
+        files.renew_lease(self._folder)
+        engine = engine_process.find(self._folder)
+        if engine is not None:
+            logger.info("%s: found at %s", self._assignment.pod, engine.address)
+            # its digest is what runs: the coordinator sees it and replaces the engine in its turn
+            self._show(engine, adopted=True)
+        return engine
+
+    def _start(self) -> Engine:
+        """Raises OSError."""
+        a = self._assignment
+        address, gpus = self._last_place()
+        launch = engine_process.Launch(
+            options=a.options
+            | {"listen": address, "role": self._report.role, "worker_name": a.pod},
+            address=address,
+            digest=a.digest,
+            token=a.cluster.get("cluster_token"),
+            orphan_s=a.orphan_s,
+            gpus=gpus,
+        )
+        engine = engine_process.start(self._folder, launch)
+        self._show(engine, adopted=False)
+        return engine
+
+    def _last_place(self) -> tuple[str, str | None]:
+        """Address and devices: those of the engine before, where they can be had again."""
+        before = files.read_json(self._folder / files.ENGINE)
+        wanted, gpus = self._assignment.port, None
+        if before is not None:
+            gpus = before["gpus"]
+            host, port = split_address(before["address"])
+            if not wanted and host == self._host:
+                try:
+                    return _join(host, engine_process.free_port(host, port)), gpus
+                except OSError as error:
+                    logger.warning("%s: another port this time: %s", self._assignment.pod, error)
+        return _join(self._host, engine_process.free_port(self._host, wanted)), gpus
+
+    def _show(self, engine: Engine, *, adopted: bool) -> None:
+        self._report = replace(
+            self._report,
+            state=State.STARTING,
+            reason="",
+            address=engine.address,
+            digest=engine.digest,
+            pid=engine.process.pid,
+            startup_s=0.0,
+            adopted=adopted,
+        )
+
+    async def _watch(self, engine: Engine) -> float:
+        """Until the engine ends or shall end; returns for how long it was ready."""
+        began, ready_since, probed = time.monotonic(), None, float("-inf")
+        async with self._cluster.channel(engine.address) as channel:
+            stub: WorkerAsyncStub = WorkerStub(channel)
+            while engine.is_alive and not self._stopping.is_set():
+                files.renew_lease(self._folder)
+                now = time.monotonic()
+                if ready_since is None and now - probed >= PROBE_S:
+                    probed = now
+                    if (role := await _ready_role(stub)) is not None:
+                        ready_since = time.monotonic()
+                        took = 0.0 if self._report.adopted else ready_since - began
+                        self._report = replace(
+                            self._report, state=State.READY, role=role, startup_s=took
+                        )
+                await asyncio.sleep(WATCH_S)
+        return 0.0 if ready_since is None else time.monotonic() - ready_since
+
+    async def _recover(self, ended: Exit, delay_s: float) -> None:
+        """Say what happened, and wait before the next attempt."""
+        cannot = ended.code == engine_process.CANNOT_SERVE
+        self._report = replace(
+            self._report,
+            state=State.FAILED if cannot else State.RESTARTING,
+            reason=ended.reason,
+            pid=0,
+            restarts=self._report.restarts + 1,
+        )
+        logger.error("%s: %s", self._assignment.pod, ended.reason)
+        await self._pause(LONGEST_DELAY_S if cannot else delay_s)
+
+    async def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._stopping.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(WATCH_S)
+
+    async def _end(self, engine: Engine) -> None:
+        self._report = replace(self._report, state=State.STOPPING)
+        engine_process.drain(engine)
+        deadline = time.monotonic() + self._assignment.drain_s + KILL_GRACE_S
+        while engine.is_alive:
+            files.renew_lease(self._folder)
+            if time.monotonic() > deadline:
+                engine_process.kill(engine)
+            await asyncio.sleep(WATCH_S)
+
+    async def _send_role(self, role: str) -> None:
+        prefill, decode = WEIGHTS[role]
+        weights = worker_pb2.SetRole(prefill_weight=prefill, decode_weight=decode)
+        async with self._cluster.channel(self._report.address) as channel:
+            stub: WorkerAsyncStub = WorkerStub(channel)
+            try:
+                reply = await stub.Control(
+                    worker_pb2.ControlRequest(set_role=weights), timeout=COMMAND_TIMEOUT_S
+                )
+            except grpc.aio.AioRpcError as error:
+                raise OSError(f"{self._assignment.pod}: {error.details()}") from None
+        if not reply.ok:
+            raise OSError(f"{self._assignment.pod}: {reply.message}")
+
+    def _check(self, term: int) -> None:
+        if term < self._term:
+            raise StaleTerm(f"a command of term {term}, after one of term {self._term}")
+        self._term = term
+
+
+async def _ready_role(stub: WorkerAsyncStub) -> str | None:
+    """The role of an engine that takes requests, None while it does not."""
+    try:
+        reply = await stub.Control(
+            worker_pb2.ControlRequest(health=worker_pb2.Health()), timeout=PROBE_TIMEOUT_S
+        )
+    except grpc.aio.AioRpcError:
+        return None
+    weights = (reply.health.prefill_weight, reply.health.decode_weight)
+    known = {pair: role for role, pair in WEIGHTS.items()}
+    return known.get(weights, "both") if reply.health.ready else None
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,108 @@
+"""Pods that a coordinator tells of. While it is away, those that were there last stay."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from typing import TYPE_CHECKING
+
+import grpc
+
+from quire.proto import coordinator_pb2
+from quire.proto.coordinator_pb2_grpc import CoordinatorStub
+from quire.router.discovery import StaticPods
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from quire.cluster.rpc import Cluster
+    from quire.config.discovery import DiscoveryConfig
+    from quire.proto.coordinator_pb2_grpc import CoordinatorAsyncStub
+    from quire.router.discovery import Discovery
+
+logger = logging.getLogger(__name__)
+
+SILENCE_S = 7.0
+"""Without a topology, one is due every 2 s, the call is made anew."""
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 2.0
+CHANNEL_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # two readers in one process must not share, and lose, one connection
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def discover(config: DiscoveryConfig, pods: Mapping[str, str], cluster: Cluster) -> Discovery:
+    """Pods named by name and address, and those of a coordinator if there is one."""
+    if config.coordinator is None:
+        return StaticPods(pods)
+    return CoordinatedPods(config.coordinator, config.fleet_model or "", pods, cluster)
+
+
+class Seen:
+    """The latest topology, which an older one cannot replace."""
+
+    def __init__(self) -> None:
+        self.epoch = (0, 0)
+        """(term, version)."""
+
+    def accepts(self, topology: coordinator_pb2.Topology) -> bool:
+        """True when it is news. An older one is of a coordinator that another took over from."""
+        epoch = (topology.term, topology.version)
+        if epoch < self.epoch:
+            logger.warning(
+                "a topology of epoch %d.%d is refused after %d.%d: end the coordinator that says "
+                "it, another one has taken over",
+                *epoch,
+                *self.epoch,
+            )
+            return False
+        is_new = epoch > self.epoch
+        self.epoch = epoch
+        return is_new
+
+
+class CoordinatedPods:
+    """Implements `Discovery`, with the pods in `beside` always among them."""
+
+    def __init__(
+        self, address: str, model: str, beside: Mapping[str, str], cluster: Cluster
+    ) -> None:
+        self._address, self._model = address, model
+        self._beside, self._cluster = dict(beside), cluster
+
+    async def watch(self) -> AsyncIterator[Mapping[str, str]]:
+        """All pods now and after each change; does not end by itself."""
+        seen, backoff = Seen(), MIN_BACKOFF_S
+        if self._beside:
+            yield self._beside
+        async with self._cluster.channel(self._address, CHANNEL_OPTIONS) as channel:
+            stub: CoordinatorAsyncStub = CoordinatorStub(channel)
+            while True:
+                call = stub.Watch(coordinator_pb2.TopologyRequest(model=self._model))
+                try:
+                    while True:
+                        async with asyncio.timeout(SILENCE_S):
+                            topology = await call.read()
+                        if not isinstance(topology, coordinator_pb2.Topology):
+                            break  # end of stream
+                        backoff = MIN_BACKOFF_S
+                        if seen.accepts(topology):
+                            yield self._beside | {pod.name: pod.address for pod in topology.pods}
+                except grpc.aio.AioRpcError as error:
+                    self._note(error)
+                except TimeoutError:
+                    logger.debug("the coordinator at %s is silent", self._address)
+                finally:
+                    call.cancel()
+                await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+                backoff = min(2 * backoff, MAX_BACKOFF_S)
+
+    def _note(self, error: grpc.aio.AioRpcError) -> None:
+        known = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNAUTHENTICATED)
+        if error.code() in known:
+            logger.error("the coordinator at %s refuses: %s", self._address, error.details())
+        else:
+            logger.debug("no coordinator at %s: %s", self._address, error.details())
