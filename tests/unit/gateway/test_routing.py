@@ -166,10 +166,8 @@ async def test_a_retry_names_the_workers_that_failed_and_the_tokens_so_far():
 
     router = Scripted("r", {"decode_pod": "0"})
     made, _ = placement(router)
-    fakes = [
-        FakeWorker(MODEL, script, name=str(i))
-        for i, script in enumerate([dies, speak([*range(24)])])
-    ]
+    scripts = (dies, speak([*range(24)]))
+    fakes = [FakeWorker(MODEL, script, name=str(i)) for i, script in enumerate(scripts)]
     both = Workers(fakes, Patience(wait_s=2.0), placement=made)
     running = asyncio.create_task(both.run())
     submit = worker_pb2.Submit(prompt_token_ids=[7] * 40, request_id="r", cache_salt=b"s")
@@ -255,7 +253,7 @@ def quick_checks(monkeypatch):
     monkeypatch.setattr(routers, "CHECK_TIMEOUT_S", 0.2)
 
 
-async def test_a_router_that_hangs_dies_and_comes_back(caplog):
+async def test_a_router_that_hangs_is_not_asked_until_it_answers_again():
     pod = FakePod(model="m")
     pod.store(*chain(1, 2))
     async with serving(pod) as address, router_process({"a": address}) as (service, port):
@@ -280,15 +278,10 @@ async def test_a_router_that_hangs_dies_and_comes_back(caplog):
             service.go_on.set()
             await until(lambda: remote.is_up)
 
-            await restarted(remote, {"a": address}, port, service)
-
-
-async def restarted(remote, pods, port, service):
-    """The check notices that it hangs without a request, and that it is there again."""
-    service.go_on.clear()
-    await until(lambda: not remote.is_up)
-    service.go_on.set()
-    await until(lambda: remote.is_up)
+            service.go_on.clear()
+            await until(lambda: not remote.is_up)  # found out without a request
+            service.go_on.set()
+            await until(lambda: remote.is_up)
 
 
 async def test_a_router_without_pods_is_not_asked():
