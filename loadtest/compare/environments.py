@@ -34,6 +34,9 @@ class Peer:
     flags: tuple[str, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
     needs_gguf: bool = False
+    tests: tuple[str, ...] = ("decode", "mix", "prefill")
+    """What it can be asked; continuous batching of transformers has one output length for all, of
+    at least two."""
 
     def python(self, cache: Path) -> Path:
         """Its interpreter."""
@@ -50,7 +53,14 @@ _ALL = (
     Peer("vllm", "vllm", VLLM, "run_vllm.py"),
     Peer("vllm-eager", "vllm", VLLM, "run_vllm.py", ("--eager",)),
     Peer("transformers", "transformers", HF, "run_transformers.py"),
-    Peer("transformers-continuous", "transformers", HF, "run_transformers.py", ("--continuous",)),
+    Peer(
+        "transformers-continuous",
+        "transformers",
+        HF,
+        "run_transformers.py",
+        ("--continuous",),
+        tests=("mix",),
+    ),
     Peer("llama.cpp", "llama.cpp", LLAMA_CPP, "run_llamacpp.py", needs_gguf=True),
 )
 PEERS = {peer.name: peer for peer in _ALL}

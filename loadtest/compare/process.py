@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loadtest.compare.environments import Peer
 
 LOAD_S = 900
-ANSWER_S = 900
+ANSWER_S = 300
 END_S = 20
 STEADY_S = 0.2
 """After a process goes on: its threads come back, caches are warm again with the first work."""

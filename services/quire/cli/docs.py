@@ -19,7 +19,7 @@ from quire.cli import (
     up,
     worker,
 )  # fmt: skip
-from quire.cli.bench import latency, throughput
+from quire.cli.bench import latency, startup, step, throughput
 from quire.cli.bench import serve as bench_serve
 from quire.config.base import field_docs, options_of
 from quire.config.vllm import IGNORED, REFUSED
@@ -47,7 +47,7 @@ INTRODUCTION = """\
     quire control ADDRESS COMMAND  drain, flip, put to sleep or ask one worker
     quire chat                     talk to a model on a running server
     quire complete PROMPT          complete one prompt on a running server
-    quire bench throughput|latency|serve
+    quire bench throughput|latency|step|startup|serve
     quire collect-env              describe this machine for a bug report
     quire --version
 
@@ -87,7 +87,8 @@ are accepted, with a warning that says why they change nothing:
 COMMANDS = (
     serve.COMMAND, gateway.COMMAND, router.COMMAND, worker.COMMAND, up.COMMAND, status.COMMAND,
     scale.COMMAND, role.COMMAND, control.COMMAND, chat.COMMAND,
-    complete.COMMAND, throughput.COMMAND, latency.COMMAND, bench_serve.COMMAND,
+    complete.COMMAND, throughput.COMMAND, latency.COMMAND,
+    step.COMMAND, startup.COMMAND, bench_serve.COMMAND,
     collect_env.COMMAND,
 )  # fmt: skip
 

@@ -78,3 +78,62 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("quire bench latency: error: no model folder")
+
+
+def test_the_phases_of_a_step_add_up_to_it(tmp_path, capsys):
+    from quire.cli.bench.step import PHASES, run
+
+    path = tmp_path / "steps.json"
+    argv = [
+        "demo", "--max-model-len", "256", "--max-num-seqs", "4", "--batch-size", "1", "3",
+        "--output-len", "8", "--input-len", "20", "--prefill-len", "40", "100", "9000",
+        "--output-json", str(path),
+    ]  # fmt: skip
+    assert run(argv) == 0
+    assert "outside the model" in capsys.readouterr().out
+    data = json.loads(path.read_text())
+    assert [b["batch_size"] for b in data["batches"]] == [1, 3]
+    for b in data["batches"]:
+        assert 0 < b["outside_model_us"] < b["step_us"]
+    assert data["engine"]["num_blocks"] > 0
+    for row in data["steps"]:
+        assert set(row["phases"]) == set(PHASES)
+        assert sum(row["phases"].values()) == pytest.approx(row["seconds"], abs=1e-6)
+    decodes = [r for r in data["steps"] if not r["prompt_tokens"]]
+    assert {r["decodes"] for r in decodes} == {1, 3}
+    assert max(r["phases"]["output"] for r in decodes) > 0
+    prompts = {r["prompt_tokens"] for r in data["steps"]}
+    assert {20, 60, 40, 100} <= prompts
+    assert 9000 not in prompts, "beyond the model's length"
+
+
+def test_the_engine_is_as_before_when_its_steps_were_timed():
+    from quire import LLM
+    from quire.cli.bench.step import StepClock
+
+    llm = LLM("demo", max_model_len=64)
+    before = llm.engine.step
+    clock = StepClock(llm).attach()
+    assert llm.engine.step != before
+    clock.detach()
+    assert llm.engine.step == before
+
+
+def test_a_start_is_timed_until_its_first_token(tmp_path, capsys):
+    from quire.cli.bench.startup import FIGURES, run
+
+    path = tmp_path / "start.json"
+    argv = ["--num-iters", "1", "--serve-args", "--max-model-len 64", "--output-json", str(path)]
+    assert run(argv) == 0
+    assert "first token" in capsys.readouterr().out
+    times = [json.loads(path.read_text())[name][0] for name in FIGURES]
+    assert 0 < times[0] <= times[1] <= times[2]
+
+
+def test_a_start_that_fails_says_why(capsys):
+    from quire.cli.bench.startup import run
+
+    with pytest.raises(SystemExit) as ended:
+        run(["--model", "/no/such/model", "--num-iters", "1"])
+    assert ended.value.code == 2
+    assert "/no/such/model" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`quire bench throughput|latency|serve`, with the options and result names of `vllm bench`."""
+"""`quire bench ...`, with the options and result names of `vllm bench` where it has them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "throughput": SubCommand("quire.cli.bench.throughput", "tokens per second of an engine here"),
     "latency": SubCommand("quire.cli.bench.latency", "time of one batch, repeated"),
+    "step": SubCommand("quire.cli.bench.step", "time of a step in the model and around it"),
+    "startup": SubCommand("quire.cli.bench.startup", "time from a command line to a first token"),
     "serve": SubCommand("quire.cli.bench.serve", "load a running server, measure what clients see"),
 }
 

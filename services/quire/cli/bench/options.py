@@ -126,6 +126,51 @@ class LatencyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How the phases of a step are measured. Lengths are in tokens."""
+
+    batch_size: tuple[int, ...] = option((1, 8, 32), "measurement")
+    """Sequences in a step; several may be given."""
+    input_len: int = option(128, "measurement")
+    """Prompt length of each."""
+    output_len: int = option(64, "measurement")
+    """Steps of each batch, about."""
+    prefill_len: tuple[int, ...] = option((128, 256, 512, 1024, 2048), "measurement")
+    """Prompts computed alone; those beyond the model's length are left out."""
+    temperature: float = option(0.0, "measurement")
+    """Sampling temperature."""
+    vocab_size: int = option(5000, "measurement")
+    """Prompts draw their tokens from 10 up to this number, exclusive."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.batch_size or min(self.batch_size) < 1:
+            raise ValueError("batch_size must name sizes of at least 1")
+        for name in ("input_len", "output_len"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartupConfig:
+    """How the start of a server is measured."""
+
+    model: str = option("demo", "measurement")
+    """Model to serve."""
+    num_iters: int = option(3, "measurement")
+    """Starts, one after the other."""
+    serve_args: str = option("", "measurement")
+    """Further options of `quire serve`, as one text."""
+    timeout_sec: float = option(600.0, "measurement")
+    """Seconds that one start may take."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.num_iters < 1:
+            raise ValueError(f"num_iters must be at least 1, not {self.num_iters}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetConfig:
     """Which server is loaded, and what each request asks of it."""
 
