@@ -6,6 +6,7 @@ the slow suite.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from tiny_models import build
 from quire.api.sampling import SamplingParams
 from quire.config.engine import EngineConfig
 from quire.engine.loop import EngineLoop
+from quire.engine.models.config import parse_config
+from quire.engine.models.llama import weight_shapes
 from quire.engine.parallel.gang import RankFailed
 from quire.engine.request import EngineRequest
 
@@ -254,6 +257,67 @@ def test_without_tensor_parallelism_nothing_of_it_is_imported(checkpoint) -> Non
         "assert not torch.distributed.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+LARGE = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 256,
+    "dtype": "bfloat16",
+}
+"""0.5 GB of weights: what a process needs besides is small against them."""
+
+
+def resident_after_load(folder: Path, degree: int) -> tuple[int, list[int]]:
+    """Bytes that the weights take by count, and resident bytes of each rank's process, beyond what
+    they have without a model."""
+    script = (
+        "import json, os, sys\n"
+        "from pathlib import Path\n"
+        "from quire.config.engine import EngineConfig\n"
+        "from quire.engine.engine import Engine\n"
+        "import quire.engine.parallel.gang\n"
+        "def resident(pid):\n"
+        "    page = os.sysconf('SC_PAGE_SIZE')\n"
+        "    return int(Path(f'/proc/{pid}/statm').read_text().split()[1]) * page\n"
+        "before = resident('self')\n"
+        f"config = EngineConfig(model={str(folder)!r}, tensor_parallel_size={degree},\n"
+        "    device='cpu', kv_cache_memory_bytes=16 << 20, max_num_batched_tokens=64,\n"
+        "    max_num_seqs=4, num_threads=1)\n"
+        "engine = Engine.load(config, lambda _: None)\n"
+        "pids = engine.model.gang.pids if engine.model.gang else ()\n"
+        "sizes = [resident(pid) - before for pid in ('self', *pids)]\n"
+        "print(json.dumps([engine.runner.backend.ops.memory.weights, sizes]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, timeout=200, stdout=subprocess.PIPE
+    )
+    weights, sizes = json.loads(done.stdout)
+    return weights, sizes
+
+
+@pytest.mark.slow
+def test_a_rank_of_two_holds_little_more_than_half(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text(json.dumps(LARGE))
+    shapes = weight_shapes(parse_config(LARGE, {}))
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
+        tmp_path / "model.safetensors",
+    )
+    weights, [whole] = resident_after_load(tmp_path, 1)
+    half_weights, halves = resident_after_load(tmp_path, 2)
+    print(f"weights {weights / 1e6:.0f} MB, of a rank of two {half_weights / 1e6:.0f} MB")
+    print(f"resident {whole / 1e6:.0f} MB, of two {[round(half / 1e6) for half in halves]} MB")
+    assert half_weights <= 0.51 * weights
+    assert len(halves) == 2
+    assert max(halves) <= 0.55 * whole
 
 
 @pytest.mark.slow
