@@ -1,0 +1,151 @@
+"""`quire serve --prefill 1 --decode 2 --routers 2`: routers are asked, and not needed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from server import running_server
+
+FLAGS = (
+    "--prefill", "1", "--decode", "2", "--routers", "2", "--max-model-len", "512",
+    "--kv-cache-memory-bytes", "32M", "--num-threads", "1",
+)  # fmt: skip
+SETTLE_S = 30
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running_server(*FLAGS) as server:
+        wait_until(lambda: server.metric("quire_gateway_worker_up") == 3, "all workers are up")
+        # the last worker has to be heard of by the routers, too
+        wait_until(lambda: is_routed(server), "a router decides")
+        yield server
+
+
+def wait_until(condition, what: str, seconds: float = SETTLE_S) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"did not happen: {what}"
+        time.sleep(0.1)
+
+
+def complete(server, prompt: str, **fields) -> dict:
+    body = {"model": "demo", "prompt": prompt, "max_tokens": 3, "temperature": 0} | fields
+    return server.post("/v1/completions", body)
+
+
+def trace(server, answer: dict) -> dict:
+    return json.loads(server.get(f"/v1/requests/{answer['id']}/trace"))
+
+
+def is_routed(server) -> bool:
+    """A router decided on a request, knowing all workers."""
+    [prompt] = trace(server, complete(server, "x"))["prompts"]
+    return bool(prompt["routing"]) and len(prompt["routing"][0]["scores"] or ()) == 3
+
+
+def placements(server, by: str) -> float:
+    return server.metric(f'quire_gateway_placements_total{{by="{by}"')
+
+
+def router_pids(server) -> list[int]:
+    def is_router(pid: int) -> bool:
+        return b"quire.router" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+    return [pid for pid in server.pids()[1:] if is_router(pid)]
+
+
+def test_requests_go_where_their_prefix_is(server):
+    """Three prefixes over and over: each stays where it was computed first."""
+    prefixes = [f"# module {i}\n" + f"import m{i}\n" * 40 for i in range(3)]
+    homes: list[set[str]] = [set() for _ in prefixes]
+    for turn in range(4):
+        for home, prefix in zip(homes, prefixes, strict=True):
+            answer = complete(server, prefix + f"def f{turn}(")
+            [prompt] = trace(server, answer)["prompts"]
+            home.add(prompt["attempts"][0]["worker"])
+            [routing] = prompt["routing"]
+            assert prompt["attempts"][0]["placed_by"] == f"router {routing['router']}"
+            if turn:
+                cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+                assert cached == routing["expected_cached_tokens"] > 100
+    assert [len(home) for home in homes] == [1, 1, 1]
+
+
+def test_the_scores_say_why(server):
+    answer = complete(server, "import os\n" * 40 + "def ")
+    [prompt] = trace(server, answer)["prompts"]
+    [routing] = prompt["routing"]
+    assert routing["policy"] == "cost"
+    by_name = {score["worker"]: score for score in routing["scores"]}
+    assert set(by_name) == {"prefill-0", "decode-1", "decode-2"}
+    chosen = by_name[prompt["attempts"][0]["worker"]]
+    assert chosen["eligible"]
+    assert chosen["costs"]["cost_s"] == min(
+        score["costs"]["cost_s"] for score in routing["scores"] if score["eligible"]
+    )
+
+
+async def load(server, over: asyncio.Event) -> list[float]:
+    """Requests, one after the other in a few clients, until told to stop; how long each took."""
+
+    async def client(number: int) -> list[float]:
+        took, turn = [], 0
+        while not over.is_set():
+            turn += 1
+            began = time.monotonic()
+            answer = await asyncio.to_thread(complete, server, f"# {number} {turn}\n" * 12)
+            assert answer["choices"][0]["finish_reason"] == "length"
+            took.append(time.monotonic() - began)
+        return took
+
+    done = await asyncio.gather(*(client(number) for number in range(4)))
+    return [seconds for took in done for seconds in took]
+
+
+async def soon(condition, what: str) -> None:
+    await asyncio.to_thread(wait_until, condition, what)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_no_request_fails_whatever_happens_to_routers(server, how):
+    """One, then the other, then both at once; each time requests go on, and routers come back."""
+    harm = signal.SIGKILL if how == "killed" else signal.SIGSTOP
+
+    async def lose(pids: list[int]) -> None:
+        for pid in pids:
+            os.kill(pid, harm)
+        if len(pids) == 2:
+            before = placements(server, "least_load")
+            await soon(lambda: placements(server, "least_load") > before, "the fallback is taken")
+        else:
+            before = placements(server, "router")
+            await soon(lambda: placements(server, "router") > before + 4, "the other one decides")
+        if how == "stopped":
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        await soon(lambda: len(router_pids(server)) == 2, "both run")
+        before = placements(server, "router")
+        await soon(lambda: placements(server, "router") > before, "a router decides again")
+
+    async def everything() -> list[float]:
+        over = asyncio.Event()
+        loading = asyncio.create_task(load(server, over))
+        try:
+            for which in (slice(0, 1), slice(1, 2), slice(0, 2)):
+                await lose(router_pids(server)[which])
+                await asyncio.sleep(1.5)  # both are found to be there again
+        finally:
+            over.set()
+            took = await loading
+        return took
+
+    took = asyncio.run(everything())
+    assert len(took) > 20
+    wait_until(lambda: is_routed(server), "the routers know all workers again")
