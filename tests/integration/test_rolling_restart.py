@@ -6,15 +6,21 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from contextlib import asynccontextmanager
+import subprocess
+import sys
+import tempfile
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
+from hang import busiest_thread, hung
 from server import running_server
 from test_continuation import request_body, resubmissions, texts_of, wait_until
 
 FLAGS = (
     "--prefill", "1", "--decode", "2", "--max-model-len", "512", "--kv-cache-memory-bytes", "32M",
-    "--num-threads", "1", "--kv-lease-s", "10", "--kv-heartbeat-s", "2",
+    "--num-threads", "1", "--kv-lease-s", "10", "--kv-heartbeat-s", "2", "--cluster-token", "t",
+    "--max-step-age", "4",
 )  # fmt: skip
 NUMBERS = range(40)
 AT_ONCE = 8
@@ -24,9 +30,31 @@ MIGRATED = "quire_migrated_sequences_total"
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server(*FLAGS) as server:
-        wait_until(lambda: up(server) == 3, "all workers are ready", RESTART_S)
-        yield server
+    with tempfile.TemporaryDirectory(prefix="q") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        with running_server(*FLAGS) as server:
+            wait_until(lambda: up(server) == 3, "all workers are ready", RESTART_S)
+            server.folder = folder
+            yield server
+
+
+def control(server, number: int, *words: str) -> None:
+    [socket] = Path(server.folder).glob(f"quire-*/worker-{number}.sock")
+    command = [sys.executable, "-m", "quire", "control", f"unix:{socket}", *words]
+    subprocess.run([*command, "--cluster-token", "t"], check=True, timeout=60)
+
+
+def worker_pid(server, number: int) -> int:
+    """The process that listens on the worker's socket."""
+    for pid in server.pids()[1:]:
+        inodes = set()
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                inodes.add(str(fd.readlink()))
+        for line in Path("/proc/net/unix").read_text().splitlines():
+            if line.endswith(f"/worker-{number}.sock") and f"socket:[{line.split()[6]}]" in inodes:
+                return pid
+    raise AssertionError(f"worker {number} is not there")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +104,7 @@ async def steady_load(server, calm):
             yield
         finally:
             over.set()
-    assert count > len(calm) // 2
+    assert count > AT_ONCE, "there was no load"
 
 
 async def until(condition, what: str, seconds: float = RESTART_S) -> None:
@@ -91,6 +119,82 @@ def assert_nothing_is_left(server) -> None:
         return len(owned) == 3 and not any(owned)
 
     wait_until(held, "no block is owned", 30)
+
+
+def test_a_decode_worker_that_ends_hands_over_its_sequences_with_their_blocks(server, calm) -> None:
+    async def run() -> None:
+        async with steady_load(server, calm):
+            victim = worker_pid(server, 2)
+            await asyncio.sleep(1.0)
+            os.kill(victim, signal.SIGTERM)
+            await until(lambda: victim not in server.pids(), "it ended")
+            await until(lambda: up(server) == 3, "it is back")
+
+    asyncio.run(run())
+    assert sum(samples(server, MIGRATED, 'engine="1"', 'how="kv"')) > 0
+    assert sum(samples(server, "quire_migrated_blocks_total", 'engine="1"')) > 0
+    assert_nothing_is_left(server)
+
+
+@pytest.mark.slow
+def test_requests_leave_an_engine_that_hangs(server, calm) -> None:
+    def moved() -> float:
+        return sum(samples(server, "quire_gateway_resubmissions_total", 'reason="hung"'))
+
+    before = moved()
+
+    async def run() -> None:
+        async with steady_load(server, calm):
+            await asyncio.sleep(1.0)
+            pid = worker_pid(server, 2)
+            with hung(busiest_thread(pid)):
+                await until(lambda: moved() > before, "its requests moved", 20)
+                await until(lambda: up(server) == 2, "it is not ready", 20)
+            await until(lambda: up(server) == 3, "it moves again")
+            assert worker_pid(server, 2) == pid, "it was restarted"
+
+    asyncio.run(run())
+    assert_nothing_is_left(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", ["the worker that drains", "the worker that takes over"])
+def test_a_hand_over_that_breaks_off_is_computed_again(server, calm, dies) -> None:
+    async def run() -> None:
+        async with steady_load(server, calm):
+            leaves, takes = worker_pid(server, 1), worker_pid(server, 2)
+            await asyncio.sleep(1.0)
+            os.kill(leaves, signal.SIGTERM)
+            await asyncio.sleep(0.05)
+            os.kill(leaves if dies == "the worker that drains" else takes, signal.SIGKILL)
+            await until(lambda: leaves not in server.pids(), "it ended")
+            await asyncio.sleep(2.0)
+            await until(lambda: up(server) == 3, "all are back")
+
+    asyncio.run(run())
+    assert_nothing_is_left(server)
+
+
+@pytest.mark.slow
+def test_roles_are_changed_under_load(server, calm) -> None:
+    def generated() -> float:
+        return sum(samples(server, "quire_generation_tokens_total", 'engine="0"'))
+
+    async def run() -> None:
+        async with steady_load(server, calm):
+            await asyncio.sleep(1.0)
+            before = await asyncio.to_thread(generated)
+            await asyncio.to_thread(control, server, 0, "role", "decode")
+            await asyncio.to_thread(control, server, 1, "role", "prefill")
+            await until(lambda: generated() > before + 300, "it answers now")
+            await asyncio.to_thread(control, server, 1, "role", "both")
+            await asyncio.sleep(1.0)
+            await asyncio.to_thread(control, server, 0, "role", "prefill")
+            await asyncio.to_thread(control, server, 1, "role", "decode")
+            await asyncio.sleep(1.0)
+
+    asyncio.run(run())
+    assert_nothing_is_left(server)
 
 
 @pytest.mark.slow
