@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from server import running_server
@@ -57,3 +58,35 @@ def test_many_streams_at_once_leave_nothing_behind(server) -> None:
     owned = [x for x in server.get("/metrics").splitlines() if 'state="owned"' in x]
     assert len(owned) == 3
     assert all(line.endswith(" 0.0") for line in owned)
+
+
+LOCAL = ["network", "inbox", "queue", "prefill", "handout", "stream"]
+REMOTE = [
+    "network", "inbox", "queue", "prefill_ask", "prefill_queue", "prefill", "transfer", "commit",
+    "first_step", "handout", "stream",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_parts_of_a_request_are_those_of_both_workers(server, stream) -> None:
+    prompt = f"# {stream}\n" + "import sys\n" * 100
+    body = {"model": "demo", "prompt": prompt, "max_tokens": 4, "stream": stream}
+    headers = {"x-request-id": f"parts-{stream}"}
+    seen = []
+    for _ in range(2):  # the second one finds its prompt where it was pushed to, or pushed again
+        server.send("/v1/completions", body, headers)
+        trace = json.loads(server.get(f"/v1/requests/parts-{stream}/trace"))
+        total = sum(part["seconds"] for part in trace["parts"])
+        assert total == pytest.approx(trace["ttft_s"], rel=0.02)
+        assert min(part["seconds"] for part in trace["parts"]) >= 0
+        seen.append(trace)
+    first = seen[0]
+    assert [part["name"] for part in first["parts"]][5:] == REMOTE
+    [shown] = first["prompts"]
+    assert shown["attempts"][0]["prefill_worker"] == "prefill-0"
+    assert shown["transfer"]["prefill_worker"] == "prefill-0"
+    assert not shown["transfer"]["failed"]
+    num_blocks = -(-first["usage"]["prompt_tokens"] // 16)
+    assert sum(chunk["blocks"] for chunk in shown["transfer"]["chunks"]) == num_blocks
+    assert shown["routing"][0]["policy"] == "least_load"
+    assert [part["name"] for part in seen[1]["parts"]][5:] in (LOCAL, REMOTE)

@@ -32,12 +32,15 @@ class Server:
             return answer.read().decode()
 
     def post(self, path: str, body: dict) -> dict:
+        return json.loads(self.send(path, body))
+
+    def send(self, path: str, body: dict, headers: dict[str, str] | None = None) -> bytes:
+        """POST; whatever comes back, to its end."""
         data = json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json"}
-        )
+        all_headers = {"Content-Type": "application/json"} | (headers or {})
+        request = urllib.request.Request(self.url + path, data, all_headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+            return answer.read()
 
     def metric(self, name: str) -> float:
         """The one sample whose line starts with `name`."""
