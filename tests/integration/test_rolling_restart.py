@@ -147,7 +147,8 @@ def test_requests_leave_an_engine_that_hangs(server, calm) -> None:
         async with steady_load(server, calm):
             await asyncio.sleep(1.0)
             pid = worker_pid(server, 2)
-            with hung(busiest_thread(pid)):
+            tid = await asyncio.to_thread(busiest_thread, pid)
+            with hung(tid):
                 await until(lambda: moved() > before, "its requests moved", 20)
                 await until(lambda: up(server) == 2, "it is not ready", 20)
             await until(lambda: up(server) == 3, "it moves again")

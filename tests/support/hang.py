@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,15 +12,21 @@ PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH = 0x4206, 0x4207, 17
 WALL = 0x40000000  # os.WALL, which Python does not name
 
 
-def busiest_thread(pid: int) -> int:
-    """The thread, other than the first, that has computed most."""
+def busiest_thread(pid: int, seconds: float = 1.0) -> int:
+    """The thread, other than the first, that computes most for a while from now on."""
 
-    def ticks(thread: Path) -> int:
-        fields = (thread / "stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
+    def ticks() -> dict[str, int]:
+        found = {}
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            fields = (thread / "stat").read_text().rpartition(")")[2].split()
+            found[thread.name] = int(fields[11]) + int(fields[12])
+        return found
 
-    threads = [t for t in Path(f"/proc/{pid}/task").iterdir() if t.name != str(pid)]
-    return int(max(threads, key=ticks).name)
+    before = ticks()
+    time.sleep(seconds)
+    spent = {name: count - before.get(name, 0) for name, count in ticks().items()}
+    del spent[str(pid)]
+    return int(max(spent, key=lambda name: spent[name]))
 
 
 @contextmanager
