@@ -10,12 +10,14 @@ from quire.cli import (
     collect_env,
     complete,
     control,
+    doctor,
     gateway,
     role,
     router,
     scale,
     serve,
     status,
+    top,
     up,
     worker,
 )  # fmt: skip
@@ -48,6 +50,8 @@ INTRODUCTION = """\
     quire chat                     talk to a model on a running server
     quire complete PROMPT          complete one prompt on a running server
     quire bench throughput|latency|step|startup|serve
+    quire top ADDRESS...           show what workers do, live
+    quire doctor [ADDRESS...]      check this machine, workers, and their links
     quire collect-env              describe this machine for a bug report
     quire --version
 
@@ -89,7 +93,7 @@ COMMANDS = (
     scale.COMMAND, role.COMMAND, control.COMMAND, chat.COMMAND,
     complete.COMMAND, throughput.COMMAND, latency.COMMAND,
     step.COMMAND, startup.COMMAND, bench_serve.COMMAND,
-    collect_env.COMMAND,
+    top.COMMAND, doctor.COMMAND, collect_env.COMMAND,
 )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ COMMANDS: Mapping[str, SubCommand] = {
     "chat": SubCommand("quire.cli.chat", "talk to a model on a running server"),
     "complete": SubCommand("quire.cli.complete", "complete one prompt on a running server"),
     "bench": SubCommand("quire.cli.bench", "measure throughput, latency, or a running server"),
+    "top": SubCommand("quire.cli.top", "show what workers do, live"),
+    "doctor": SubCommand("quire.cli.doctor", "check this machine, workers, and their links"),
     "collect-env": SubCommand("quire.cli.collect_env", "describe this machine for a bug report"),
 }
 

@@ -145,7 +145,8 @@ def _add_options(parser: argparse.ArgumentParser, owner: type[Any], positional: 
             groups[title] = parser.add_argument_group(title)
         if o.name == positional:
             parser.add_argument(
-                o.name, action=_Record, const=o, nargs="?", metavar=o.name.upper(),
+                o.name, action=_Record, const=o, nargs="*" if o.many else "?",
+                metavar=o.name.upper(),
                 default=argparse.SUPPRESS, help=argparse.SUPPRESS,
             )  # fmt: skip
         shown, hidden = _spellings(o)

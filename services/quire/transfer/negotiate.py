@@ -121,8 +121,7 @@ def compatibility(mine: Identity, theirs: transfer_pb2.Hello) -> Incompatible | 
     if theirs.wire_version != WIRE_VERSION:
         return Incompatible(f"wire version {theirs.wire_version}, here {WIRE_VERSION}")
     if theirs.fingerprint != mine.layout.fingerprint():
-        ours, other = mine.layout.describe().split(), theirs.layout.split()
-        differing = ", ".join(f"{b} here {a}" for a, b in zip(ours, other, strict=False) if a != b)
+        differing = ", ".join(differences(theirs.layout, mine.layout.describe()))
         return Incompatible(f"other KV layout: {differing or 'fingerprints differ'}")
     try:
         share(mine.layout, mine.shard, Shard(theirs.rank, max(theirs.degree, 1)))
@@ -130,6 +129,12 @@ def compatibility(mine: Identity, theirs: transfer_pb2.Hello) -> Incompatible | 
     except ValueError as error:
         return Incompatible(str(error))
     return None
+
+
+def differences(theirs: str, ours: str) -> list[str]:
+    """Where two `BlockLayout.describe()` differ, in words."""
+    pairs = zip(theirs.split(), ours.split(), strict=False)
+    return [f"{other} here {mine}" for other, mine in pairs if other != mine]
 
 
 def choose(

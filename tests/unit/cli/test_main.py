@@ -66,7 +66,7 @@ def test_no_command_is_a_mistake_that_shows_the_overview(capsys):
     [
         ["--version"], ["--help"], ["serve", "--help"], ["serve", "--dump-config"],
         ["serve", "--prot", "1"], ["bench", "serve", "--help"], ["bench", "throughput", "--help"],
-        ["chat", "--help"], ["complete", "--help"],
+        ["chat", "--help"], ["complete", "--help"], ["top", "--help"], ["doctor", "--help"],
     ],
     ids=" ".join,
 )  # fmt: skip
