@@ -27,7 +27,7 @@ async def updates(
     request: worker_pb2.WatchRequest,
     exchange: Disaggregation | None,
 ) -> AsyncIterator[worker_pb2.WorkerUpdate]:
-    """Until the worker ends. The load is told once a second, and at once when the standing changes."""
+    """Until the worker ends. The load is told once a second, and when the standing changes."""
     if exchange is not None:
         model.kv.CopyFrom(exchange.known_as)
     yield worker_pb2.WorkerUpdate(model=model)
