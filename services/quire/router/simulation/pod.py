@@ -6,6 +6,11 @@
 A step takes  step_s + step_s_per_stream * decoding streams + chunk tokens / prefill rate.  Steps
 without a prompt chunk are alike until a stream ends, so they are modelled as one span, cut short
 when a request arrives.
+
+A prompt that another pod computes is submitted there with one output token; `on_first_token` hands
+it over, and `submit_prefilled` lets it join the batch here, without a chunk:
+
+    submit_prefilled -> waiting -> (match cache, take blocks) -> decoding -> done
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from quire.router.reports import LoadReport
 from quire.router.simulation.cache import ModelCache
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from quire.router.simulation.clock import Timer, VirtualClock
 
@@ -35,6 +40,10 @@ class EngineModel:
     max_seqs: int = 128
     block_size: int = 512
     cache_blocks: int = 2000
+    bytes_per_token: float = 131072.0
+    """Of keys and values, for transfers between pods."""
+    transfer_bytes_per_s: float = 1e9
+    """The router's own prior: modelled pods report no measured rates of pairs."""
 
 
 @dataclass(eq=False)
@@ -55,6 +64,19 @@ class ModelRequest:
     first_token: float = math.nan
     done: float = math.nan
     num_blocks: int = 0
+    on_first_token: Callable[[], None] | None = None
+    is_prefilled: bool = False
+    """Its prompt comes from another pod."""
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds to the first token."""
+        return self.first_token - self.arrival
+
+    @property
+    def itl_s(self) -> float:
+        """Mean seconds per token after the first; 0 when there is no second."""
+        return (self.done - self.first_token) / max(self.output_len - 1, 1)
 
 
 class ModelPod:
@@ -83,6 +105,12 @@ class ModelPod:
             self._timer.cancelled = True
             end = self._span_start + steps * self._span_step_s
             self._timer = self._clock.at(end, lambda: self._end_span(steps))
+
+    def submit_prefilled(self, request: ModelRequest) -> None:
+        """A request whose prompt and first token another pod has computed arrives with them."""
+        request.is_prefilled = True
+        request.left = request.output_len - 1
+        self.submit(request)
 
     def load(self) -> LoadReport:
         """What the engine reports."""
@@ -131,9 +159,23 @@ class ModelPod:
                 self.cache.release(request.hashes[:matched], 0)
                 return
             self.waiting.popleft()
-            request.cached_tokens = request.computed = matched * size
             request.named, request.num_blocks = matched, total
-            self.prefilling.append(request)
+            if request.is_prefilled:
+                self._join(request)
+            else:
+                request.cached_tokens = request.computed = matched * size
+                self.prefilling.append(request)
+
+    def _join(self, request: ModelRequest) -> None:
+        """All of the prompt's blocks are here at once."""
+        request.computed = request.prompt_len
+        for h in request.hashes[request.named : request.prompt_len // self.model.block_size]:
+            self.cache.name(h, self._clock.now)
+            request.named += 1
+        if request.left > 0:
+            self.decoding.append(request)
+        else:
+            self._finish(request)
 
     def _end_chunk(self, request: ModelRequest, tokens: int) -> None:
         now = self._clock.now
@@ -146,6 +188,8 @@ class ModelPod:
             self.prefilling.popleft()
             request.first_token = now
             request.left = request.output_len - 1
+            if request.on_first_token is not None:
+                request.on_first_token()
             if request.left > 0:
                 self.decoding.append(request)
             else:

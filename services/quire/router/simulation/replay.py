@@ -7,7 +7,7 @@ their stream, load reports once a second, cached tokens when a request is prefil
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -95,7 +95,7 @@ class ReplayResult:
     def prediction_error(self) -> float:
         """Mean absolute error of the expected cached tokens, as a share of the prompt tokens."""
         pairs = zip(self.decisions, self.requests, strict=True)
-        error = sum(abs(d.decode_cached_tokens - r.cached_tokens) for d, r in pairs)
+        error = sum(abs(d.expected_cached_tokens - r.cached_tokens) for d, r in pairs)
         return error / sum(r.prompt_len for r in self.requests)
 
     def ttft_s(self) -> dict[str, float]:
@@ -108,16 +108,44 @@ class ReplayResult:
         }
 
 
+@dataclass(frozen=True)
+class FleetShape:
+    """How many pods of which role: equal ones that do both, or prefill pods beside decode pods."""
+
+    both: int = 0
+    prefill: int = 0
+    decode: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.both + self.prefill + self.decode
+
+    def roles(self) -> dict[str, tuple[float, float]]:
+        """Pod -> its weights for prefill and decode."""
+        groups = (
+            ("pod", self.both, (1.0, 1.0)),
+            ("prefill", self.prefill, (1.0, 0.0)),
+            ("decode", self.decode, (0.0, 1.0)),
+        )
+        return {f"{name}-{i}": weights for name, count, weights in groups for i in range(count)}
+
+
 class Replay:
-    """One run: a trace, a policy, a number of equal pods."""
+    """One run: a trace, a policy, pods of one engine model."""
 
     def __init__(
-        self, trace: Sequence[TraceRequest], config: RouterConfig, model: EngineModel, pods: int
+        self,
+        trace: Sequence[TraceRequest],
+        config: RouterConfig,
+        model: EngineModel,
+        pods: int | FleetShape,
     ) -> None:
-        self._trace = trace
+        shape = FleetShape(both=pods) if isinstance(pods, int) else pods
+        self._trace, self._model, self._roles = trace, model, shape.roles()
         self._clock = VirtualClock()
         self._router = Router(config, clock=self._clock)
-        self._pods = {f"pod-{i}": ModelPod(f"pod-{i}", model, self._clock) for i in range(pods)}
+        self._pods = {name: ModelPod(name, model, self._clock) for name in self._roles}
         self._requests: list[ModelRequest] = []
         self._decisions: list[Decision] = []
         self._observed = 0
@@ -127,6 +155,7 @@ class Replay:
                     pod=name,
                     block_size=model.block_size,
                     num_blocks=model.cache_blocks,
+                    block_bytes=int(model.bytes_per_token * model.block_size),
                     max_num_seqs=model.max_seqs,
                 ),
                 0.0,
@@ -144,7 +173,9 @@ class Replay:
 
     def _report(self) -> None:
         for name, pod in self._pods.items():
-            self._router.fleet.report(name, pod.load(), self._clock.now)
+            prefill, decode = self._roles[name]
+            load = replace(pod.load(), prefill_weight=prefill, decode_weight=decode)
+            self._router.fleet.report(name, load, self._clock.now)
 
     def _arrive(self, traced: TraceRequest) -> None:
         self._deliver_events()
@@ -157,12 +188,38 @@ class Replay:
         request = ModelRequest(traced.hashes, traced.prompt_len, traced.output_len, self._clock.now)
         self._requests.append(request)
         self._decisions.append(decision)
-        self._pods[decision.decode_pod].submit(request)
+        decode = self._pods[decision.decode_pod]
+        if decision.prefill_pod is None:
+            decode.submit(request)
+        else:
+            self._prefill_elsewhere(request, self._pods[decision.prefill_pod], decode)
+
+    def _prefill_elsewhere(
+        self, request: ModelRequest, prefill: ModelPod, decode: ModelPod
+    ) -> None:
+        """Blocks travel while the next chunk is computed: what counts is the last chunk's."""
+        model = self._model
+        exported = ModelRequest(request.hashes, request.prompt_len, 1, request.arrival)
+        last = min(request.prompt_len, model.chunk_tokens) * model.bytes_per_token
+        exposed_s = last / model.transfer_bytes_per_s
+
+        def arrive() -> None:
+            request.first_token = self._clock.now
+            decode.submit_prefilled(request)
+
+        def hand_over() -> None:
+            request.cached_tokens = exported.cached_tokens
+            self._clock.at(self._clock.now + exposed_s, arrive)
+
+        exported.on_first_token = hand_over
+        prefill.submit(exported)
 
     def _deliver_events(self) -> None:
         """Cache events that had the time to arrive; nobody reads the index between decisions."""
         index, until = self._router.fleet.index, self._clock.now - EVENT_DELAY_S
         for name, pod in self._pods.items():
+            if not pod.cache.changes:
+                continue
             slot, changes = self._router.fleet.pods[name].slot, pod.cache.changes
             count = 0
             for change in changes:
