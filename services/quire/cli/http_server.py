@@ -193,6 +193,7 @@ class HttpServer:
     def _connect(self, upstreams: Upstreams) -> Upstream:
         from quire.cluster.rpc import Cluster
         from quire.gateway.app import Upstream, clients_of, connector
+        from quire.gateway.placement import LeastLoad
         from quire.gateway.routers import OwnRouter, RemoteRouter, Replica
         from quire.gateway.routing import RouterPlacement
         from quire.gateway.workers import Joining
@@ -200,16 +201,16 @@ class HttpServer:
 
         cluster = Cluster(upstreams.cluster)
         pods = discover(upstreams.discovery, upstreams.workers, cluster)
-        is_fixed = upstreams.discovery.coordinator is None
+        is_fixed = upstreams.discovery.is_fixed
         routers: list[Replica] = [RemoteRouter(address, cluster) for address in upstreams.routers]
-        if not routers:
+        has_choice = not is_fixed or len(upstreams.workers) > 1
+        if not routers and has_choice:
             instruments = router_instruments(self.registry)
-            own = OwnRouter(upstreams.router, pods, instruments, cluster)
-            routers.append(own)
+            routers.append(OwnRouter(upstreams.router, pods, instruments, cluster))
         return Upstream(
             workers=clients_of(upstreams.workers, self.config, cluster) if is_fixed else [],
             joining=None if is_fixed else Joining(pods, connector(self.config, cluster)),
-            placement=RouterPlacement(routers, self.instruments),
+            placement=RouterPlacement(routers, self.instruments) if routers else LeastLoad(),
             owns_workers=upstreams.owns_workers,
         )
 

@@ -62,6 +62,9 @@ class Placement(Protocol):
     async def run(self) -> None:
         """Keep what choices are made from, until cancelled."""
 
+    def show(self) -> None:
+        """Set gauges to what they are now, before a scrape."""
+
     async def pick(
         self, request: Routed, ready: Sequence[Worker], exclude: frozenset[str]
     ) -> Place:
@@ -83,6 +86,9 @@ class LeastLoad:
 
     async def run(self) -> None:
         """Nothing to keep."""
+
+    def show(self) -> None:
+        """Nothing to show."""
 
     async def pick(
         self, request: Routed, ready: Sequence[Worker], exclude: frozenset[str]

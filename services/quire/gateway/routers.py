@@ -19,6 +19,7 @@ from quire.cluster.rpc import Cluster
 from quire.proto import router_pb2
 from quire.proto.router_pb2_grpc import RouterStub
 from quire.router import convert
+from quire.router.metrics import set_fleet_gauges
 from quire.router.pods import watch_pods
 from quire.router.router import Router
 
@@ -75,6 +76,9 @@ class Replica(Protocol):
     async def route(self, query: RouteQuery) -> router_pb2.RouteReply:
         """Where the request goes. Raises NoDecision, in a bounded time."""
 
+    def show(self) -> None:
+        """Set gauges to what they are now, before a scrape."""
+
     def observe(self, decision_id: str, cached_tokens: int) -> None:
         """What the pod that computed the prompt had really cached. Never waits."""
 
@@ -109,6 +113,10 @@ class OwnRouter:
             return convert.reply_to(self.router.route(query))
         except ApiError:
             raise NoDecision(Silence.NO_POD) from None
+
+    def show(self) -> None:
+        """The pods and the index."""
+        set_fleet_gauges(self._instruments, self.router.fleet, self.router.clock())
 
     def observe(self, decision_id: str, cached_tokens: int) -> None:
         """At once."""
@@ -154,6 +162,9 @@ class RemoteRouter:
             if why is not Silence.NO_POD:
                 self._set_up(False, error)
             raise NoDecision(why) from None
+
+    def show(self) -> None:
+        """Its own process shows what it knows."""
 
     def observe(self, decision_id: str, cached_tokens: int) -> None:
         """Queued; dropped when the router is too slow to hear."""

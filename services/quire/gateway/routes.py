@@ -171,6 +171,7 @@ class Facts:
     async def metrics(self, request: Request) -> Response:
         """GET /metrics: the gateway's page, then those of workers that nobody else scrapes."""
         self._worker_up.set(self._workers.num_ready)
+        self._workers.placement.show()
         page = render(self._registry)
         if self._with_workers:
             page += await self._workers.collect_metrics()

@@ -93,6 +93,12 @@ class RouterPlacement:
             for replica in self._replicas:
                 group.create_task(replica.run(), name=f"router {replica.name}")
 
+    def show(self) -> None:
+        """Routers that answer, and what the one in this process knows."""
+        self._instruments.get(m.GATEWAY_ROUTERS_UP).set(sum(r.is_up for r in self._replicas))
+        for replica in self._replicas:
+            replica.show()
+
     async def pick(
         self, request: Routed, ready: Sequence[Worker], exclude: frozenset[str]
     ) -> Place:

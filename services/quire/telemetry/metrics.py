@@ -386,6 +386,10 @@ GATEWAY_ROUTE_DURATION = HistogramDeclaration(
     name="quire_gateway_route_seconds", unit="seconds", component="gateway",
     help="Hashing a prompt and asking routers for it.", buckets=TOKENIZE_BUCKETS,
 )  # fmt: skip
+GATEWAY_ROUTERS_UP = GaugeDeclaration(
+    name="quire_gateway_routers_up", unit="routers", component="gateway",
+    help="Routers that answer and know a pod; the one in the gateway's own process always does.",
+)  # fmt: skip
 WORKER_UP = GaugeDeclaration(
     name="quire_gateway_worker_up", component="gateway",
     help="Workers that are ready to serve.",

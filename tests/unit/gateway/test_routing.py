@@ -27,6 +27,7 @@ from quire.router.pods import watch_pods
 from quire.router.router import Router
 from quire.router.service import RouterService
 from quire.telemetry import metrics as m
+from quire.telemetry.instruments import render
 
 LIMIT_S = 10
 MODEL = worker_pb2.ModelInfo(model="m", fingerprint=b"f", block_size=16)
@@ -56,6 +57,9 @@ class Scripted:
 
     async def explain(self, decision_id):
         return None
+
+    def show(self):
+        pass
 
 
 class Request:
@@ -113,6 +117,8 @@ async def test_no_router_answers_then_one_does(caplog):
         for _ in range(3):  # two are asked, not three: the wait is bounded
             place = await pick(made, [busy, idle])
             assert (place.worker, place.decided) == (idle, None)
+        made.show()
+        assert instruments.get(m.GATEWAY_ROUTERS_UP).value == 3
         first.is_up = second.is_up = False
         assert (await pick(made, [busy, idle])).worker is busy
     assert (len(first.asked), len(second.asked)) == (3, 3)
@@ -315,9 +321,8 @@ async def test_the_router_in_this_process_watches_the_pods_by_itself():
     pod = FakePod(model="m")
     pod.store(*chain(1, 2))
     async with serving(pod) as address:
-        own = OwnRouter(
-            RouterConfig(), StaticPods({"a": address}), m.router_instruments(CollectorRegistry())
-        )
+        registry = CollectorRegistry()
+        own = OwnRouter(RouterConfig(), StaticPods({"a": address}), m.router_instruments(registry))
         with pytest.raises(NoDecision):
             await own.route(make_query(1, 2))
         async with running(own.run()):
@@ -326,4 +331,6 @@ async def test_the_router_in_this_process_watches_the_pods_by_itself():
             reply = await own.route(make_query(1, 2, model="m"))
             assert (reply.decode_pod, reply.decode_cached_blocks) == ("a", 2)
             own.observe(reply.decision_id, 32)
+            own.show()
+            assert "quire_router_index_blocks 2.0" in render(registry)
             assert (await own.explain(reply.decision_id)).decision == reply
