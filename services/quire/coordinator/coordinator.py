@@ -38,6 +38,7 @@ LEADER_S = 2.0
 LEAVE_S = 0.7
 """Between leaving the topology and draining: requests move while the engine hands out blocks."""
 STOP_POLL_S = 0.2
+ANY_HOST = ("0.0.0.0", "::")
 STOP_GRACE_S = 10.0
 
 
@@ -131,7 +132,7 @@ class Coordinator:
         known = [self.term] + ([] if leader is None else [int(leader["term"])])
         term = next_term(known, time.time())
         about = {
-            "term": term, "address": self.fleet.coordinator.listen,
+            "term": term, "address": self._reached_at(),
             "host": socket.gethostname(), "pid": os.getpid(),
         }  # fmt: skip
         found = await self._cluster.find()
@@ -145,6 +146,14 @@ class Coordinator:
         self.replicas = {pod: Replica(published=before.get(pod, "")) for pod in found}
         self._former = {pod: at for pod, at in before.items() if pod not in found}
         self.topology = self.topology.in_term(term)
+
+    def _reached_at(self) -> str:
+        """Address under which another host's coordinator can ask this one."""
+        listen = self.fleet.coordinator.listen
+        host = self.fleet.listen_host
+        if host in ANY_HOST and self._cluster.host:
+            return self._cluster.host + listen.removeprefix(host).removeprefix(f"[{host}]")
+        return listen
 
     async def run(self) -> None:
         """Until cancelled. Raises Deposed; before `take_over` nothing works."""

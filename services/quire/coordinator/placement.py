@@ -86,6 +86,8 @@ class RayCluster:
         self._reports: dict[str, Future[Any]] = {}
         self.dashboard_url = ""
         self.address = ""
+        self.host = ""
+        """Of this process, as Ray's other nodes reach it."""
 
     async def connect(self) -> None:
         """Join the cluster, or start one. Raises RayError."""
@@ -106,6 +108,7 @@ class RayCluster:
         # Ray starts its processes from a thread while others make calls
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         import ray
+        import ray.util
 
         # that actors end with their placement groups is what is wanted here
         logging.getLogger("ray.actor").setLevel(logging.ERROR)
@@ -126,6 +129,8 @@ class RayCluster:
         except (RuntimeError, ConnectionError, ValueError, AssertionError, OSError) as error:
             raise RayError(_why_not_connected(self._config.ray, error)) from None
         self.address = context.address_info.get("gcs_address") or self._config.ray
+        util: Any = ray.util
+        self.host = str(util.get_node_ip_address())
         url = context.dashboard_url
         self.dashboard_url = f"http://{url}" if url else ""
 
