@@ -82,6 +82,8 @@ def test_the_generated_files_are_current() -> None:
         ("roles.encode.replicas=1", "encode"),
         ("gateway.resources.limits.cpu=two", "cpu"),
         ("roles.prefill.replicas=1,roles.decode.replicas=0", "prefill pods alone"),
+        ("engine.accelerator=nvidia,roles.prefill.replicas=1", "only from host memory"),
+        ("engine.tensorParallel=2,roles.prefill.replicas=1", "tensor parallelism"),
         ("roles.unified.replicas=0", "no pod to serve the model"),
         ("gateway.httpRoute.enabled=true", "parentRefs"),
         ("gateway.inferencePool.enabled=true", "endpointPicker"),
@@ -111,15 +113,24 @@ def test_values_of_the_chart_carry_the_schema_into_a_package(tmp_path) -> None:
     assert "replicsa" in refused.stderr
 
 
-def test_two_lines_make_it_disaggregated() -> None:
-    lines = ("engine.accelerator=nvidia", "roles.prefill.replicas=1")
-    rendered = render(sets=lines)
+def test_one_line_makes_it_disaggregated() -> None:
     roles = {}
-    for config in rendered.of("ConfigMap"):
+    for config in render(sets=("roles.prefill.replicas=1",)).of("ConfigMap"):
         if "worker.yaml" in config["data"]:
             options = yaml.safe_load(config["data"]["worker.yaml"])
             roles[options["role"]] = options["device"]
-    assert roles == {"prefill": "cuda", "decode": "cuda"}
+    assert roles == {"prefill": "cpu", "decode": "cpu"}
+
+
+def test_a_pod_has_as_many_gpus_as_share_the_model() -> None:
+    rendered = render(sets=("engine.accelerator=nvidia", "engine.tensorParallel=2"))
+    workers = rendered.named("StatefulSet", f"{RELEASE}-quire-unified")
+    (container,) = workers["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert container["image"].endswith("-cuda")
+    config = rendered.named("ConfigMap", f"{RELEASE}-quire-unified")["data"]["worker.yaml"]
+    options = yaml.safe_load(config)
+    assert (options["device"], options["tensor_parallel_size"]) == ("cuda", 2)
 
 
 def test_a_start_may_take_as_long_as_the_model_is_large() -> None:

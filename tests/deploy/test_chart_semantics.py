@@ -151,10 +151,22 @@ def test_secrets_exist_with_their_keys_and_are_no_arguments(rendered) -> None:
                 assert value not in str(config["data"])
 
 
-def test_accounts_exist(rendered) -> None:
+def test_accounts_exist_and_who_asks_kubernetes_may(rendered) -> None:
+    asks = "kubernetes_service:" in rendered.text
+    for role in rendered.of("Role"):
+        assert role["rules"] == [
+            {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"],
+             "verbs": ["list", "watch"]}
+        ]  # fmt: skip
+    for binding in rendered.of("RoleBinding"):
+        assert rendered.named("Role", binding["roleRef"]["name"])
+        for subject in binding["subjects"]:
+            assert exists(rendered, subject["kind"], subject["name"])
+    assert bool(rendered.of("RoleBinding")) == asks
     for _, pod in rendered.pods:
         assert exists(rendered, "ServiceAccount", pod["spec"]["serviceAccountName"])
-        assert pod["spec"]["automountServiceAccountToken"] is False
+        mounted = pod["spec"]["automountServiceAccountToken"]
+        assert mounted is (asks and pod["metadata"]["labels"][COMPONENT] in ("gateway", "router"))
 
 
 def test_requests_are_given_and_within_limits(rendered) -> None:
@@ -247,6 +259,9 @@ def test_workers_are_reached_by_names_that_exist(rendered) -> None:
                 in (*sets, *(w["metadata"]["name"] for w in rendered.workloads))
                 else {}
             )
+            for service in options.get("kubernetes_service", ()):
+                ports = rendered.named("Service", service)["spec"]["ports"]
+                assert "grpc" in [port["name"] for port in ports]
             for key in ("worker", "pod", "router"):
                 for given in options.get(key, ()):
                     name, _, address = given.rpartition("=")

@@ -126,6 +126,12 @@ engine, with replicas and the highest number of them worked out.
 {{- if lt ($most | int) ($replicas | int) -}}
 {{- fail (printf "roles.%s.autoscaling: maxReplicas %d is less than minReplicas %d" $role ($most | int) ($replicas | int)) -}}
 {{- end -}}
+{{- if and (ne $role "unified") (eq $settings.accelerator "nvidia") -}}
+{{- fail (printf "roles.%s: KV blocks are exchanged only from host memory so far: prefill and decode pods need accelerator cpu, GPUs unified pods" $role) -}}
+{{- end -}}
+{{- if and (ne $role "unified") (gt ($settings.tensorParallel | int) 1) -}}
+{{- fail (printf "roles.%s: KV blocks are not exchanged with tensor parallelism so far: use unified pods, or tensorParallel 1" $role) -}}
+{{- end -}}
 {{- $_ := set $settings "replicas" ($replicas | int) -}}
 {{- $_ := set $settings "most" ($most | int) -}}
 {{- $_ := set $settings "scaled" (ternary true false (eq $scaled true)) -}}
@@ -145,6 +151,21 @@ engine, with replicas and the highest number of them worked out.
 {{- end -}}
 {{- end -}}
 
+{{- /* Where workers are: names, or the Services that they are behind. Call with root and key. */ -}}
+{{- define "quire.upstream" -}}
+{{- if eq .root.Values.discovery "kubernetes" -}}
+kubernetes_service:
+  {{- range $role, $_ := include "quire.pools" .root | fromYaml }}
+  - {{ include "quire.fullname" $.root }}-{{ $role }}
+  {{- end }}
+{{- else -}}
+{{ .key }}:
+  {{- range include "quire.workers" .root | trim | splitList "\n" }}
+  - {{ . | quote }}
+  {{- end }}
+{{- end -}}
+{{- end -}}
+
 {{- define "quire.routers" -}}
 {{- $root := . -}}
 {{- range $number := until (.Values.router.replicas | int) }}
@@ -155,7 +176,7 @@ engine, with replicas and the highest number of them worked out.
 {{- /* Settings of a pod that every component has; call with (dict "root" $ "component" c "settings" s). */ -}}
 {{- define "quire.podSettings" -}}
 serviceAccountName: {{ include "quire.serviceAccount" .root }}
-automountServiceAccountToken: false
+automountServiceAccountToken: {{ and (eq .root.Values.discovery "kubernetes") (has .component (list "gateway" "router")) }}
 enableServiceLinks: false
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets:

@@ -2,10 +2,7 @@
 listen: 0.0.0.0:9100
 http_port: 9090
 log_format: json
-pod:
-  {{- range include "quire.workers" . | trim | splitList "\n" }}
-  - {{ . | quote }}
-  {{- end }}
+{{ include "quire.upstream" (dict "root" . "key" "pod") }}
 {{ include "quire.tlsOptions" . }}
 {{- with .Values.router.options }}
 {{ toYaml . }}
@@ -29,10 +26,7 @@ port: 8000
 log_format: json
 allow_unauthenticated: {{ not .Values.gateway.auth.enabled }}
 shutdown_timeout: {{ .Values.gateway.drainSeconds }}
-worker:
-  {{- range include "quire.workers" . | trim | splitList "\n" }}
-  - {{ . | quote }}
-  {{- end }}
+{{ include "quire.upstream" (dict "root" . "key" "worker") }}
 {{- if .Values.router.enabled }}
 router:
   {{- range include "quire.routers" . | trim | splitList "\n" }}

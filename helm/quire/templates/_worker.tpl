@@ -9,6 +9,7 @@ tokenizer: {{ . | quote }}
 {{- with $root.Values.model.revision }}
 revision: {{ . | quote }}
 {{- end }}
+tensor_parallel_size: {{ $pool.tensorParallel }}
 device: {{ ternary "cuda" "cpu" (eq $pool.accelerator "nvidia") }}
 role: {{ ternary "both" .component (eq .component "unified") }}
 listen: 0.0.0.0:9000
@@ -41,7 +42,7 @@ kv_grpc_port: 9002
 {{- define "quire.workerResources" -}}
 {{- $resources := deepCopy .settings.resources -}}
 {{- $extra := dict -}}
-{{- if eq .settings.accelerator "nvidia" -}}{{- $_ := set $extra "nvidia.com/gpu" 1 -}}{{- end -}}
+{{- if eq .settings.accelerator "nvidia" -}}{{- $_ := set $extra "nvidia.com/gpu" (.settings.tensorParallel | int) -}}{{- end -}}
 {{- if .settings.rdma.enabled -}}{{- $_ := set $extra .settings.rdma.resource .settings.rdma.count -}}{{- end -}}
 {{- range $part := list "requests" "limits" -}}
 {{- $_ := set $resources $part (merge (get $resources $part | default dict) (deepCopy $extra)) -}}

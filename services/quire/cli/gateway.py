@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from quire.cli.http_server import FirstReady, NoChildren, Upstreams, run_server
+from quire.cli.standalone import require_pod
 from quire.cli.startup import Quiet, StartupWatch
 from quire.config.cluster import ClusterConfig
 from quire.config.flags import Command, parse
@@ -37,6 +38,7 @@ COMMAND = Command(
 def run(argv: Sequence[str]) -> int:
     """Serve until a signal; returns the exit code."""
     resolved = parse(COMMAND, argv, os.environ)
+    require_pod(COMMAND, resolved.get(UpstreamConfig))
     upstreams = Upstreams(
         workers=resolved.get(UpstreamConfig).workers,
         cluster=resolved.get(ClusterConfig),
@@ -52,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
             StartupWatch(address, Quiet(), server.ready, upstreams.cluster)
             for address in upstreams.workers.values()
         ]
-        if upstreams.discovery.coordinator is not None:
+        if not upstreams.discovery.is_fixed:
             watches = [FirstReady(server)]
         return await server.run(upstreams, NoChildren(), watches)
 

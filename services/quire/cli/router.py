@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from quire.cli.standalone import never, require_token, run_alone
+from quire.cli.standalone import never, require_pod, require_token, run_alone
 from quire.config.cluster import ClusterConfig
 from quire.config.flags import Command, parse
 from quire.config.logs import LogConfig
@@ -27,6 +27,7 @@ def run(argv: Sequence[str]) -> int:
     resolved = parse(COMMAND, argv, os.environ)
     server, cluster = resolved.get(RouterServerConfig), resolved.get(ClusterConfig)
     require_token(COMMAND, server.listen, cluster)
+    require_pod(COMMAND, server)
 
     async def serve() -> int:
         from quire.router.server import RouterOptions

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from quire.config.cluster import ClusterConfig
+    from quire.config.discovery import DiscoveryConfig
     from quire.config.flags import Command
     from quire.config.logs import LogConfig
 
@@ -22,6 +23,17 @@ def require_token(command: Command, listen: str, cluster: ClusterConfig) -> None
     if not (is_local(listen) or cluster.cluster_token):
         message = f"listen {listen} is open to the network: a cluster_token is needed"
         raise UsageError(command.prog, message)
+
+
+def require_pod(command: Command, discovery: DiscoveryConfig) -> None:
+    """Raises UsageError when Services are given and this is no pod."""
+    if discovery.kubernetes_service:
+        from quire.router.endpoint_slices import own_namespace
+
+        try:
+            own_namespace()
+        except OSError as error:
+            raise UsageError(command.prog, f"kubernetes_service: {error}") from None
 
 
 def run_alone(log: LogConfig, serving: Coroutine[Any, Any, int]) -> int:

@@ -18,6 +18,9 @@ class DiscoveryConfig:
     away, those that were there last."""
     fleet_model: str | None = option(None, "discovery")
     """Model of the fleet to use, where it has several."""
+    kubernetes_service: tuple[str, ...] = option((), "discovery")
+    """Service of Kubernetes, in this pod's namespace, whose pods are used as they come and go;
+    several are allowed. Its port must be called grpc."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -28,6 +31,13 @@ class DiscoveryConfig:
                 raise ValueError(f"coordinator: {error}") from None
         elif self.fleet_model is not None:
             raise ValueError("fleet_model is of a fleet: it needs --coordinator")
+        if self.coordinator is not None and self.kubernetes_service:
+            raise ValueError("coordinator and kubernetes_service do not go together")
+
+    @property
+    def is_fixed(self) -> bool:
+        """Workers are those that are named, and stay the same."""
+        return self.coordinator is None and not self.kubernetes_service
 
 
 NO_DISCOVERY = DiscoveryConfig()

@@ -144,8 +144,10 @@ class UpstreamConfig(DiscoveryConfig):
         super().__post_init__()
         for address in self.router:
             check_address(address)
-        if not (self.worker or self.coordinator):
-            raise ValueError("worker: at least one address is needed, or a coordinator's")
+        if self.is_fixed and not self.worker:
+            raise ValueError(
+                "worker: at least one address is needed, or a coordinator's, or a Service"
+            )
         if len(self.workers) < len(self.worker):
             raise ValueError("worker: two workers have the same name")
 

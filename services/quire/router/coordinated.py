@@ -12,6 +12,7 @@ import grpc
 from quire.proto import coordinator_pb2
 from quire.proto.coordinator_pb2_grpc import CoordinatorStub
 from quire.router.discovery import StaticPods
+from quire.router.endpoint_slices import EndpointSlices, own_namespace
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -35,7 +36,12 @@ CHANNEL_OPTIONS = (
 
 
 def discover(config: DiscoveryConfig, pods: Mapping[str, str], cluster: Cluster) -> Discovery:
-    """Pods named by name and address, and those of a coordinator if there is one."""
+    """Pods named by name and address, and those of a coordinator or of Services if given.
+
+    Raises OSError when Services are given outside of Kubernetes.
+    """
+    if config.kubernetes_service:
+        return EndpointSlices(config.kubernetes_service, pods, own_namespace())
     if config.coordinator is None:
         return StaticPods(pods)
     return CoordinatedPods(config.coordinator, config.fleet_model or "", pods, cluster)

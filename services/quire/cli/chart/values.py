@@ -24,7 +24,7 @@ from quire.config.transfer import TransferConfig
 FOLLOWS_ELSEWHERE = (
     "model", "tokenizer", "revision", "device", "drain_timeout_s", "tensor_parallel_size",
 )  # fmt: skip
-"""Engine options that other values decide; a pod runs the whole model so far."""
+"""Engine options that other values decide."""
 PLACES = (
     "kv_host", "kv_advertised_host", "kv_tcp_port", "kv_grpc_port",
     "cluster_token", "cluster_tls_cert", "cluster_tls_key", "cluster_tls_ca",
@@ -117,6 +117,7 @@ def _resources() -> Schema:
 def _worker_settings() -> dict[str, Schema]:
     return {
         "accelerator": text("What computes.", "cpu", "nvidia"),
+        "tensorParallel": whole("GPUs of a pod that share the model, one process each.", 1),
         "options": options(
             "Options of `quire worker`, as in docs/cli.md.",
             EngineConfig, LogConfig, except_for=(*FOLLOWS_ELSEWHERE, "log_format"),
@@ -239,6 +240,7 @@ def _routes() -> dict[str, Schema]:
 
 def _cluster() -> dict[str, Schema]:
     return {
+        "discovery": text("How gateways and routers find workers.", "static", "kubernetes"),
         "cluster": block(
             "What pods know each other by.",
             token=block(

@@ -1,0 +1,119 @@
+"""What the images are built from. `pytest -m slow` builds one, where buildah can."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, requires, version
+
+import pytest
+from manifests import CHART, ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+DOCKER = ROOT / "deploy" / "docker"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+IMPORTED = """
+import importlib, json, sys
+for name in ("quire.cli.gateway", "quire.cli.router", "quire.cli.http_server", "quire.gateway.app",
+             "quire.gateway.http_protocol", "quire.router.server", "quire.cluster.status_server",
+             "quire.text.tokenizer", "uvloop", "httptools", "huggingface_hub.errors"):
+    importlib.import_module(name)
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+BUILD_S = 1800
+
+
+def pinned(name: str) -> dict[str, str]:
+    lines = (DOCKER / f"{name}-requirements.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(package): number for package, number in pairs}
+
+
+def closure(names: set[str]) -> set[str]:
+    """With what they require on this machine, extras left out."""
+    found: set[str] = set()
+    left = [canonicalize_name(name) for name in names]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            needed = [Requirement(text) for text in requires(name) or ()]
+            left += [
+                canonicalize_name(each.name)
+                for each in needed
+                if each.marker is None or each.marker.evaluate({"extra": ""})
+            ]
+    return found
+
+
+def test_the_gateways_packages_are_what_it_imports() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED], capture_output=True, text=True, timeout=60, check=True
+    )
+    by_module = packages_distributions()
+    imported = {
+        canonicalize_name(distribution)
+        for module in json.loads(done.stdout)
+        for distribution in set(by_module.get(module, ())) - {"quire"}
+    }
+    # of the namespace package grpc, and what only a debugger or pytest's plug-ins bring
+    imported -= {"grpcio-tools", "setuptools", "sniffio"}
+    listed = set(pinned("gateway"))
+    assert imported <= listed
+    assert "torch" not in listed
+    extra = listed - closure(imported)
+    # imported when a frame is checked, or a command line asks a server
+    assert extra <= {"xxhash", "httpx2", "httpcore2", "certifi", "truststore", "h11"}
+
+
+def test_a_workers_packages_are_what_the_distribution_requires() -> None:
+    both = pinned("gateway") | pinned("worker")
+    needed = closure({"quire"}) - {"quire", "torch"}
+    missing = {n for n in needed if not n.startswith("nvidia") and n != "triton"} - set(both)
+    assert not missing
+
+
+def test_the_kubernetes_client_is_complete() -> None:
+    assert closure({"kubernetes"}) <= set(pinned("gateway") | pinned("kubernetes"))
+
+
+def test_versions_fit_the_distributions_own_bounds() -> None:
+    both = pinned("gateway") | pinned("worker") | {"torch": "2.13.0"}
+    for text in requires("quire"):
+        each = Requirement(text)
+        if each.marker is None or each.marker.evaluate({"extra": ""}):
+            assert both[canonicalize_name(each.name)] in each.specifier, text
+
+
+def test_targets_and_users_are_what_the_chart_expects() -> None:
+    targets = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.M))
+    values = (CHART / "values.yaml").read_text()
+    flavours = re.search(r"flavours: \{gateway: (\w+), cpu: (\w+), nvidia: (\w+)\}", values)
+    assert set(flavours.groups()) <= targets
+    assert "runAsUser: 10001" in values
+    final = DOCKERFILE.split("\nFROM ")
+    for stage in final:
+        if stage.partition("\n")[0].endswith((" AS gateway", " AS cpu", " AS cuda")):
+            assert "USER 10001:10001" in stage
+            assert 'ENTRYPOINT ["quire"]' in stage
+    assert re.search(r"^ARG BASE=\S+:\S+-\d{8}-\S+$", DOCKERFILE, re.M), "the base is pinned"
+    assert f"torch=={version('torch').partition('+')[0]}" in DOCKERFILE
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * BUILD_S)
+@pytest.mark.parametrize("target", ["gateway", "cpu"])
+def test_an_image_builds(target) -> None:
+    if shutil.which("buildah") is None or shutil.which("debootstrap") is None:
+        pytest.skip("buildah and debootstrap are not installed")
+    wheels = [arg for arg in [os.environ.get("PIP_FIND_LINKS", "")] if arg]
+    done = subprocess.run(
+        [str(DOCKER / "build-offline"), target, *wheels],
+        capture_output=True, text=True, timeout=BUILD_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
