@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadtest.compare.environments import PEERS, PeerMissing, prepare, warnings_of
+from loadtest.compare.environments import PEERS, PeerMissing, model_for, prepare, warnings_of
 from loadtest.compare.http import SERVERS, HttpLoad, Server, http_measure
 from loadtest.compare.process import EngineProcess
 from loadtest.compare.rounds import Series, alternate, ratios
@@ -85,7 +85,8 @@ def offline(shape: str, options: argparse.Namespace, results: Results) -> None:
     model = build(shape, options.cache_dir / "models" / shape)
 
     def start(name: str) -> EngineProcess:
-        return EngineProcess(PEERS[name], model, options.dtype, options.cache_dir, options.threads)
+        own = model_for(PEERS[name], model, options.cache_dir)
+        return EngineProcess(PEERS[name], own, options.dtype, options.cache_dir, options.threads)
 
     engines = _started([OURS, *options.peers], start)
     try:
@@ -129,11 +130,13 @@ def _started(names: Sequence[str], start: Callable[[str], Any]) -> list[Any]:
     and must come up."""
     started: list[Any] = []
     for name in names:
-        process = start(name)
+        process = None
         try:
+            process = start(name)
             process.wait_ready()
         except PeerMissing as error:
-            process.close()
+            if process is not None:
+                process.close()
             if name == OURS:
                 raise
             print(f"left out: {error}", file=sys.stderr)

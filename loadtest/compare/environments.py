@@ -88,6 +88,24 @@ def prepare(peer: Peer, cache: Path) -> None:
     finished.touch()
 
 
+def model_for(peer: Peer, folder: Path, cache: Path) -> Path:
+    """The model as the peer reads it: the folder, or a GGUF file made from it.
+
+    Raises PeerMissing.
+    """
+    path = folder / "model.gguf"
+    if not peer.needs_gguf:
+        return folder
+    if not path.exists():
+        command = [str(peer.python(cache)), str(ENGINES / "write_gguf.py"), str(folder), str(path)]
+        try:
+            subprocess.run(command, check=True, timeout=INSTALL_S, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            path.unlink(missing_ok=True)
+            raise PeerMissing(f"{peer.name}: {error.stderr.strip()[-300:]}") from None
+    return path
+
+
 def environ_of(peer: Peer, cache: Path, threads: int) -> dict[str, str]:
     """Environment variables: the peer at its best settings on this machine's cores."""
     environ = dict(os.environ)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from quire.router.simulation.replay import FleetShape, Replay, TraceRequest
 
@@ -82,20 +82,21 @@ class Sizing:
             return None
         shape = FleetShape(prefill=half, decode=half)
         while True:
-            prefill = _least(
-                lambda n, d=shape.decode: self.is_enough(FleetShape(prefill=n, decode=d)),
-                shape.prefill,
-            )
-            shape = replace(shape, prefill=prefill or shape.prefill)
-            decode = _least(
-                lambda n, p=shape.prefill: self.is_enough(FleetShape(prefill=p, decode=n)),
-                shape.decode,
-            )
-            shape = replace(shape, decode=decode or shape.decode)
+            shape = self._shrunk(shape, "prefill")
+            shape = self._shrunk(shape, "decode")
             smaller = next(filter(self.is_enough, _exchanges(shape)), None)
             if smaller is None:
                 return shape
             shape = smaller
+
+    def _shrunk(self, shape: FleetShape, kind: Literal["prefill", "decode"]) -> FleetShape:
+        """As few pods of one kind as are enough."""
+
+        def enough(count: int) -> bool:
+            return self.is_enough(replace(shape, **{kind: count}))
+
+        now = shape.prefill if kind == "prefill" else shape.decode
+        return replace(shape, **{kind: _least(enough, now) or now})
 
 
 def _exchanges(shape: FleetShape) -> list[FleetShape]:

@@ -1,0 +1,245 @@
+"""Tokens between tokens: do running streams stall while long prompts arrive?
+
+    python -m loadtest.itl_under_prefill MODEL --prompt-lens 512 2048 8192
+
+Two servers on this machine, one with equal workers and one with prefill beside decode workers, the
+same number of processes and cores. Some streams run all the time; long prompts arrive on an open
+loop, and the gaps of the running streams are measured while they do. Beside P50 and P99 ITL: the
+prompts' TTFT, and what of it is neither queue nor prefill by the server's own histograms; on the
+split server that is the exposed transfer plus what both servers have (HTTP, text, routing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quire.cli.bench.client import Client, Endpoint
+from quire.cli.bench.load import LoadRun
+from quire.cli.bench.report import percentile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quire.cli.bench.client import Outcome
+
+START_S = 180
+PATH = "/v1/completions"
+TIMES = ("request_queue_time_seconds", "request_prefill_time_seconds")
+"""Of vLLM's names: what the server says it spent before the first token."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A server and how it is started."""
+
+    name: str
+    flags: tuple[str, ...]
+
+
+class ShapeServer:
+    """One `quire serve`, frozen while the other is measured."""
+
+    def __init__(self, shape: Shape, options: argparse.Namespace) -> None:
+        self.name = shape.name
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "quire", "serve", options.model, "--port", str(port)]
+        command += ["--max-model-len", str(options.max_model_len), *shape.flags]
+        command += ["--log-level", "error"]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    async def wait_ready(self) -> None:
+        """Until /readyz says so. Raises RuntimeError."""
+        deadline = time.monotonic() + START_S
+        async with Client(Endpoint(self.url), 10) as client:
+            while time.monotonic() < deadline and self._process.poll() is None:
+                try:
+                    status, _ = await client.get("/readyz")
+                except OSError:
+                    status = 0
+                if status == 200:
+                    return
+                await asyncio.sleep(0.2)
+        raise RuntimeError(f"{self.name} did not become ready")
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal all of its processes."""
+        os.killpg(self._process.pid, number)
+
+    def end(self) -> None:
+        """End it."""
+        self.send(signal.SIGCONT)
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.send(signal.SIGKILL)
+            self._process.wait(30)
+
+
+async def measure(server: ShapeServer, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One round: streams that run, prompts of `length` that arrive beside them."""
+    rng = random.Random(f"{options.seed}/{length}/{time.monotonic_ns()}")
+    ids = range(10, options.vocab_size)
+    streams = [_body(rng.choices(ids, k=32), options.stream_tokens) for _ in range(options.streams)]
+    arriving = [_body(rng.choices(ids, k=length), 2) for _ in range(options.prompts)]
+    times = [options.settle_s + i / options.rate for i in range(options.prompts)]
+    async with Client(Endpoint(server.url), 300) as client:
+        before = await _server_times(client)
+        background = asyncio.create_task(LoadRun(client, PATH).run(streams, [0.0] * len(streams)))
+        began = time.perf_counter()
+        load = await LoadRun(client, PATH).run(arriving, times)
+        ended = time.perf_counter()
+        running = (await background).outcomes
+        after = await _server_times(client)
+    failed = [o.error for o in (*load.outcomes, *running) if not o.ok]
+    if failed:
+        raise RuntimeError(f"{server.name}: {failed[0]}")
+    window = (began + options.settle_s, ended)
+    gaps = sorted(chain.from_iterable(_gaps(o, window) for o in running))
+    ttfts = sorted(o.ttft for o in load.outcomes)
+    # the streams' own short prompts are in the server's sums too: they are few and quick
+    spent = (after - before) / len(arriving)
+    mean = sum(ttfts) / len(ttfts)
+    return {
+        "itl_p50_ms": 1e3 * percentile(gaps, 50),
+        "itl_p99_ms": 1e3 * percentile(gaps, 99),
+        "gaps": len(gaps),
+        "ttft_p50_ms": 1e3 * percentile(ttfts, 50),
+        "ttft_p99_ms": 1e3 * percentile(ttfts, 99),
+        "outside_share": max(1 - spent / mean, 0.0),
+    }
+
+
+async def rounds(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both shapes in turn for every length."""
+    total = options.workers
+    shapes = (
+        Shape("aggregated", ("--replicas", str(total))),
+        Shape("P/D", ("--prefill", str(options.prefill), "--decode", str(total - options.prefill))),
+    )
+    servers = []
+    rows = []
+    try:
+        for shape in shapes:
+            servers.append(ShapeServer(shape, options))
+            await servers[-1].wait_ready()
+            servers[-1].send(signal.SIGSTOP)
+        for length in options.prompt_lens:
+            each: dict[str, list[dict[str, Any]]] = {s.name: [] for s in servers}
+            for number in range(options.repeats + 1):
+                for server in servers if number % 2 else servers[::-1]:
+                    server.send(signal.SIGCONT)
+                    result = await measure(server, length, options)
+                    server.send(signal.SIGSTOP)
+                    if number:  # the first round warms up
+                        each[server.name].append(result)
+            rows.append({"prompt_len": length, "rounds": each, **_medians(each)})
+            print(table(rows[-1]), flush=True)
+    finally:
+        for server in servers:
+            server.end()
+    return rows
+
+
+def table(row: dict[str, Any]) -> str:
+    """One prompt length, both shapes."""
+    lines = [f"prompts of {row['prompt_len']} tokens"]
+    for name, m in row["medians"].items():
+        lines.append(
+            f"  {name:<11} ITL p50 {m['itl_p50_ms']:8.2f} ms, p99 {m['itl_p99_ms']:8.2f} ms; "
+            f"TTFT p50 {m['ttft_p50_ms']:8.1f} ms, outside queue and prefill "
+            f"{m['outside_share']:5.1%}"
+        )
+    aggregated, split = row["medians"].values()
+    ratio = aggregated["itl_p99_ms"] / max(split["itl_p99_ms"], 1e-9)
+    lines.append(f"  P99 ITL aggregated over P/D: {ratio:.2f}x")
+    return "\n".join(lines)
+
+
+def _medians(each: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    return {
+        "medians": {
+            name: {
+                figure: percentile(sorted(r[figure] for r in results), 50) for figure in results[0]
+            }
+            for name, results in each.items()
+        }
+    }
+
+
+def _gaps(outcome: Outcome, window: tuple[float, float]) -> list[float]:
+    """Gaps of a stream that end within the window."""
+    pairs = zip(outcome.arrivals, outcome.arrivals[1:], strict=False)
+    return [b - a for a, b in pairs if window[0] <= b <= window[1]]
+
+
+def _body(prompt: Sequence[int], count: int) -> bytes:
+    fields = {
+        "prompt": prompt, "max_tokens": count, "ignore_eos": True, "temperature": 0,
+        "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    return json.dumps(fields).encode()
+
+
+async def _server_times(client: Client) -> float:
+    """Seconds of queue and prefill of all requests so far, by the server's histograms."""
+    _, page = await client.get("/metrics")
+    found = re.findall(r"^vllm:(\w+)_sum(?:\{[^}]*\})? (\S+)$", page.decode(), re.MULTILINE)
+    return sum(float(value) for name, value in found if name in TIMES)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.itl_under_prefill", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default="demo")
+    add("--prompt-lens", type=int, nargs="+", default=[512, 2048, 8000])
+    add("--workers", type=int, default=2, help="processes of either server")
+    add("--prefill", type=int, default=1, help="of them, on the split one")
+    add("--streams", type=int, default=4, help="that run all the time")
+    add("--stream-tokens", type=int, default=400)
+    add("--prompts", type=int, default=6, help="long ones, in each round")
+    add("--rate", type=float, default=2.0, help="long prompts per second")
+    add("--settle-s", type=float, default=0.5, help="before the first long prompt")
+    add("--repeats", type=int, default=5)
+    add("--max-model-len", type=int, default=8192)
+    add("--vocab-size", type=int, default=5000)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, help="write OUT.json and OUT.txt")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print, write."""
+    options = parse(argv)
+    rows = asyncio.run(rounds(options))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        settings = {k: v for k, v in vars(options).items() if k != "out"}
+        data = {"settings": settings, "rows": rows}
+        options.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+        options.out.with_suffix(".txt").write_text("\n".join(map(table, rows)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
