@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 
+import grpc
 import pytest
 import pytest_asyncio
-from workers import WorkerProcess
+from wire import unknown_field
+from workers import WorkerProcess, ask
 
 from quire.cli import doctor
 from quire.cluster.rpc import Cluster
@@ -134,3 +136,39 @@ async def test_a_worker_measures_for_one_at_a_time_and_refuses_nonsense(trio):
     probe.peer.listeners.extend(other.listeners)
     (result,) = (await ask(probe)).probes
     assert result.failure == "incompatible" and "dtype=bfloat16" in result.detail
+
+
+async def test_a_prompt_for_a_worker_of_another_layout_is_computed_here(trio):
+    a, _, c = trio
+
+    def submit(number: int, hint: WorkerProcess | None) -> worker_pb2.Submit:
+        message = worker_pb2.Submit(
+            request=number, request_id=f"r{number}", attempt=1,
+            prompt_token_ids=range(50, 250),
+            sampling={"n": 1, "max_tokens": 8, "seed": 1, "temperature": 0.0},
+        )  # fmt: skip
+        if hint is not None:
+            message.prefill.worker, message.prefill.address = hint.name, hint.address
+        return message
+
+    (got,) = await ask(a, [submit(1, c)])
+    reset = worker_pb2.ControlRequest(reset_prefix_cache=worker_pb2.ResetPrefixCache())
+    await a.stub.Control(reset, timeout=10)
+    (want,) = await ask(a, [submit(2, None)])
+    assert got.failure is None
+    assert got.tokens == want.tokens and len(got.tokens[0]) == 8
+    page = await c.stub.Control(
+        worker_pb2.ControlRequest(collect_metrics=worker_pb2.CollectMetrics()), timeout=10
+    )
+    (line,) = (x for x in page.metrics.splitlines() if 'outcome="incompatible"' in x)
+    assert 'peer="a"' in line and line.endswith(" 1.0")
+
+
+async def test_a_command_of_a_later_version_is_refused_and_no_more(trio):
+    a = trio[0]
+    later = worker_pb2.ControlRequest.FromString(unknown_field())
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await a.stub.Control(later, timeout=10)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    health = worker_pb2.ControlRequest(health=worker_pb2.Health())
+    assert (await a.stub.Control(health, timeout=10)).health.ready

@@ -6,12 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from transfers import LAYOUT, Side
+from wire import unknown_field
 
+from quire.proto.transfer_pb2 import Hello
 from quire.transfer.faults import FaultPlan, FaultyTransport
 from quire.transfer.frames import Kind
-from quire.transfer.layout import Shard, pieces, share
+from quire.transfer.layout import WIRE_VERSION, Shard, pieces, share
 from quire.transfer.link import LinkRefused
 from quire.transfer.local import LocalNetwork, LocalTransport
+from quire.transfer.negotiate import Identity
 from quire.transfer.state import Ended, Failure, Released, TransferRef
 
 
@@ -140,7 +143,7 @@ def test_another_layout_is_no_error_but_a_clear_no():
         ended = p.ended(ref)
         assert ended.failure is Failure.INCOMPATIBLE
         assert "dtype=float16 here dtype=bfloat16" in ended.detail
-        assert p.returned(ref) == [5]
+        p.wait(lambda _: p.returned(ref) == [5])  # the offer may come after the refusal
 
 
 def test_a_wrong_token_makes_no_link_on_either_side():
@@ -366,3 +369,74 @@ def test_a_probe_measures_a_pair_and_says_why_it_cannot():
             with pytest.raises(LinkRefused, match=words) as refused:
                 p.endpoint.probe(peer, name).result(10)
             assert refused.value.failure is failure
+
+
+class Newer(Identity):
+    """A process of a later version: what it says of itself differs by `added`."""
+
+    added: dict
+
+    def hello(self, listeners, capabilities):
+        hello = super().hello(listeners, capabilities)
+        hello.capabilities.append("teleport")
+        for name, value in self.added.items():
+            setattr(hello, name, value)
+        return Hello.FromString(hello.SerializeToString() + unknown_field())
+
+
+def newer(side, **added):
+    """The side, which speaks as a later version would. Before it starts."""
+    node = side.endpoint._core.node
+    node.identity = Newer(**vars(node.identity))
+    object.__setattr__(node.identity, "added", added)
+    return side
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_a_later_wire_version_is_refused_with_the_reason_and_no_block_kept(which):
+    net = Net()
+    p, d = net.side(1), net.side(2)
+    newer(p if which == "sender" else d, wire_version=WIRE_VERSION + 1)
+    with p, d:
+        ref = d.endpoint.receive(2)
+        d.endpoint.grant(ref, 0, [3, 4])
+        p.endpoint.send(ref, d.peer)
+        p.endpoint.offer(ref, 0, [5])
+        ended = p.ended(ref)
+        assert ended.failure is Failure.INCOMPATIBLE
+        assert ended.detail == f"wire version {WIRE_VERSION + 1}, here {WIRE_VERSION}"
+        p.wait(lambda _: p.returned(ref) == [5])
+        # the receiver does not wait for its lease in vain: its caller hears from the sender's side
+        d.endpoint.cancel(ref)
+        assert d.ended(ref).failure in (Failure.CANCELLED, Failure.LEASE)
+        assert d.returned(ref) == [3, 4]
+        with pytest.raises(LinkRefused, match="wire version"):
+            p.endpoint.probe(d.peer, "tcp").result(10)
+        # and both go on
+        with net.side(3) as other:
+            old = d if which == "sender" else p
+            _, there, here = run(other, old)
+            assert there.failure is here.failure is None
+
+
+@pytest.mark.parametrize("which", ["sender", "receiver"])
+def test_capabilities_and_fields_that_nobody_here_knows_change_nothing(which):
+    net = Net()
+    p, d = net.side(1), net.side(2)
+    newer(p if which == "sender" else d)
+    with p, d:
+        _, there, here = run(p, d)
+        assert there.failure is here.failure is None
+
+
+def test_only_transports_that_both_know_are_tried():
+    net = Net()
+    with net.side(1) as p, net.side(2) as d:
+        later = replace(d.peer, listeners=(("teleport", "beam:1"), *d.peer.listeners))
+        assert p.endpoint.probe(later, "tcp", 1 << 20).result(10).bytes_per_s > 0
+        ref = d.endpoint.receive(1)
+        p.endpoint.send(ref, replace(later, listeners=later.listeners[:1]))
+        ended = p.ended(ref)
+        assert ended.failure is Failure.UNREACHABLE
+        assert "no transport in common, here tcp" in ended.detail
+        d.endpoint.cancel(ref)
