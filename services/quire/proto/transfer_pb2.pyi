@@ -202,12 +202,17 @@ class KvPeer(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     DEGREE_FIELD_NUMBER: _builtins.int
     LISTENERS_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     incarnation: _builtins.int
     rank: _builtins.int
     degree: _builtins.int
     @_builtins.property
     def listeners(self) -> _containers.RepeatedCompositeFieldContainer[Global___Listener]: ...
+    @_builtins.property
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPeer]:
+        """the other ranks of the worker, by rank; in rank 0's alone"""
+
     def __init__(
         self,
         *,
@@ -216,10 +221,11 @@ class KvPeer(_message.Message):
         rank: _builtins.int = ...,
         degree: _builtins.int = ...,
         listeners: _abc.Iterable[Global___Listener] | None = ...,
+        others: _abc.Iterable[Global___KvPeer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degree", b"degree", "incarnation", b"incarnation", "listeners", b"listeners", "rank", b"rank", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degree", b"degree", "incarnation", b"incarnation", "listeners", b"listeners", "others", b"others", "rank", b"rank", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -80,7 +80,9 @@ class Core:
 
     # ---- transfers
 
-    def receive(self, ref: TransferRef, num_blocks: int, degree: int, lease_s: float) -> None:
+    def receive(
+        self, ref: TransferRef, num_blocks: int, degree: int | None, lease_s: float
+    ) -> None:
         """Expect a transfer. Any thread. Raises ValueError on a degree that does not fit."""
         self.receiver.promise(ref, num_blocks, degree, lease_s)
 

@@ -92,25 +92,41 @@ class Endpoint:
         self,
         num_blocks: int,
         *,
-        degree: int = 1,
+        degree: int | None = None,
         after: TransferRef | None = None,
         lease_s: float | None = None,
     ) -> TransferRef:
         """Expect up to `num_blocks` blocks from a group of `degree` ranks; binds nothing.
 
-        The reference goes to the senders with `start()`'s Peer. Raises ValueError when the KV heads
-        cannot be split over the degree. `after` names an earlier attempt at
-        the same transfer: it is cancelled, and whatever of it still arrives is fenced.
+        Without a degree it is that of whoever sends first. The reference goes to the senders with
+        `start()`'s Peer. Raises ValueError when the KV heads cannot be split over the degree.
+        `after` names an earlier attempt at the same transfer: it is cancelled, and whatever of it
+        still arrives is fenced.
         """
-        if num_blocks < 1 or degree < 1:
-            raise ValueError("a transfer has at least one block and one sender")
-        number, epoch = (after.transfer, after.epoch + 1) if after else (new_number(), 1)
-        ref = TransferRef(number, epoch, self._identity.incarnation)
+        ref = self._new_ref(num_blocks, after)
         if after is not None:
             self._post(self._core.receiver.cancel, after)
+        self.expect(ref, num_blocks, degree=degree, lease_s=lease_s)
+        return ref
+
+    def expect(
+        self,
+        ref: TransferRef,
+        num_blocks: int,
+        *,
+        degree: int | None = None,
+        lease_s: float | None = None,
+    ) -> None:
+        """Expect a transfer whose reference was made elsewhere, for this rank's incarnation."""
         # Not posted: the sender may hear of the reference, and answer, before a posted call runs.
         self._core.receive(ref, num_blocks, degree, self._lease(lease_s))
-        return ref
+        self._post(self._core.receiver.admit_early, ref)
+
+    def _new_ref(self, num_blocks: int, after: TransferRef | None) -> TransferRef:
+        if num_blocks < 1:
+            raise ValueError("a transfer has at least one block and one sender")
+        number, epoch = (after.transfer, after.epoch + 1) if after else (new_number(), 1)
+        return TransferRef(number, epoch, self._identity.incarnation)
 
     def grant(self, ref: TransferRef, first: int, slots: Sequence[int]) -> None:
         """Bind blocks [first, first + len(slots)) of the transfer to these blocks of the pool.

@@ -38,6 +38,8 @@ class Peer:
     shard: Shard
     listeners: tuple[tuple[str, str], ...]
     """(transport, address), in no order."""
+    others: tuple[Peer, ...] = ()
+    """The other ranks of the same worker, by rank; of rank 0 alone."""
 
     def to_proto(self) -> transfer_pb2.KvPeer:
         """As a message."""
@@ -47,6 +49,7 @@ class Peer:
             rank=self.shard.rank,
             degree=self.shard.degree,
             listeners=_listeners(self.listeners),
+            others=[other.to_proto() for other in self.others],
         )
 
     @classmethod
@@ -54,7 +57,8 @@ class Peer:
         """Raises ValueError on a rank outside its group."""
         listeners = tuple((x.transport, x.address) for x in message.listeners)
         shard = Shard(message.rank, max(message.degree, 1))
-        return cls(message.worker, message.incarnation, shard, listeners)
+        others = tuple(cls.from_proto(other) for other in message.others)
+        return cls(message.worker, message.incarnation, shard, listeners, others)
 
 
 def ref_to_proto(ref: TransferRef) -> transfer_pb2.KvTransferRef:

@@ -7,7 +7,7 @@ with it. What is not found is fenced: thrown away unread, counted, and its sende
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_EARLY = 256
+"""Senders kept waiting for a reference that is not known here yet."""
 REMEMBERED = 4096
 """Committed transfers kept in mind, to confirm a repeated COMMIT."""
 
@@ -58,6 +60,8 @@ class _Incoming:
     links: dict[int, ReceivingLink] = field(default_factory=dict)
     source: tuple[str, str] = ("", "")
     """Peer and transport, once a sender has shown up."""
+    is_learning: bool = False
+    """How many ranks send is not known before the first of them opens."""
 
 
 class Receiver:
@@ -68,26 +72,44 @@ class Receiver:
         self._emit = emit
         self._incoming: dict[TransferRef, _Incoming] = {}
         self._committed: OrderedDict[TransferRef, None] = OrderedDict()
+        self._early: deque[tuple[ReceivingLink, Header]] = deque(maxlen=MAX_EARLY)
 
     def __len__(self) -> int:
         return len(self._incoming)
 
     # ---- the caller
 
-    def promise(self, ref: TransferRef, num_blocks: int, degree: int, lease_s: float) -> None:
-        """Expect a transfer from a group of `degree` ranks. Any thread: a single assignment.
+    def promise(
+        self, ref: TransferRef, num_blocks: int, degree: int | None, lease_s: float
+    ) -> None:
+        """Expect a transfer from a group of `degree` ranks, None for as many as turn out to send.
+        Any thread: a single assignment.
 
         Raises ValueError on a degree that the heads cannot be split over.
         """
+        if degree is not None and degree < 1:
+            raise ValueError("a transfer has at least one block and one sender")
+        legs = self._legs_from(degree or 1)
+        lease = Lease(lease_s, self._node.clock())
+        machine = ReceivingTransfer(ref, num_blocks, _counts(legs), lease)
+        self._incoming[ref] = _Incoming(machine, legs, is_learning=degree is None)
+
+    def admit_early(self, ref: TransferRef) -> None:
+        """A transfer is expected from now on: senders that were there before it open it."""
+        for link, header in list(self._early):
+            if TransferRef(header.transfer, header.epoch, header.incarnation) == ref:
+                self._early.remove((link, header))
+                self.on_frame(link, header, b"")
+
+    def _legs_from(self, degree: int) -> dict[int, tuple[Span, ...]]:
+        """Source rank -> pieces that it sends of each block."""
         layout, mine = self._node.identity.layout, self._node.identity.shard
         legs = {}
         for rank in sources_of(layout, degree, mine):
             span = share(layout, Shard(rank, degree), mine)
             assert span is not None
             legs[rank] = pieces(span)
-        counts = {rank: len(parts) for rank, parts in legs.items()}
-        lease = Lease(lease_s, self._node.clock())
-        self._incoming[ref] = _Incoming(ReceivingTransfer(ref, num_blocks, counts, lease), legs)
+        return legs
 
     def grant(self, ref: TransferRef, first: int, slots: Sequence[int]) -> None:
         """Bind blocks; they come straight back when the transfer is over."""
@@ -144,6 +166,10 @@ class Receiver:
             return
         machine, rank = incoming.machine, link.peer_shard.rank
         if header.kind == Kind.OPEN:
+            if incoming.is_learning:
+                incoming.is_learning = False
+                incoming.legs = self._legs_from(link.peer_shard.degree)
+                machine.sent_by(_counts(incoming.legs))
             incoming.links[rank] = link
             incoming.source = (link.peer.worker, link.transport)
             self._do(incoming, machine.opened(rank, now))
@@ -199,6 +225,9 @@ class Receiver:
         ref = TransferRef(header.transfer, header.epoch, header.incarnation)
         if header.kind == Kind.COMMIT and ref in self._committed:
             link.post(_header(Kind.COMMITTED, ref))
+        elif header.kind == Kind.OPEN and self._node.identity.shard.rank:
+            # Rank 0 made the reference: its word may take longer to get here than the sender's.
+            self._early.append((link, header))
         elif header.kind != Kind.FAIL:
             self.fence(link, header)
 
@@ -310,6 +339,10 @@ class ReceivingLink(AcceptedLink):
             )
             self.post(reply, pack_entries(self.again))
         self._current = None
+
+
+def _counts(legs: dict[int, tuple[Span, ...]]) -> dict[int, int]:
+    return {rank: len(parts) for rank, parts in legs.items()}
 
 
 def _header(kind: Kind, ref: TransferRef) -> Header:

@@ -117,6 +117,18 @@ class ReceivingTransfer:
         """Every grant so far; to a sender that has them they say nothing new."""
         return [Grant(first, count) for first, count in _runs(self._granted)]
 
+    def sent_by(self, legs: Mapping[int, int]) -> None:
+        """Who sends is known now: before the first leg opens, whatever was assumed is dropped."""
+        if self.state is not ReceivingState.PROMISED:
+            return
+        self._legs = {rank: _Leg(count) for rank, count in legs.items()}
+        for binding in self._bound.values():
+            binding.missing = self._wanted()
+
+    def _wanted(self) -> set[tuple[int, int]]:
+        """(rank, piece) of a block."""
+        return {(rank, p) for rank, leg in self._legs.items() for p in range(leg.num_pieces)}
+
     # ---- the caller
 
     def grant(self, first: int, slots: Sequence[int]) -> list[Effect]:
@@ -133,9 +145,8 @@ class ReceivingTransfer:
             raise ValueError(f"blocks {blocks} of a transfer of {self.num_blocks}")
         if not self._granted.isdisjoint(blocks):
             raise ValueError(f"some of blocks {blocks} are granted already")
-        wanted = {(rank, p) for rank, leg in self._legs.items() for p in range(leg.num_pieces)}
         for block, slot in zip(blocks, slots, strict=True):
-            self._bound[block] = _Binding(slot, set(wanted))
+            self._bound[block] = _Binding(slot, self._wanted())
         self._granted.update(blocks)
         return [Reply(rank, Grant(first, len(slots))) for rank in self.open_ranks]
 

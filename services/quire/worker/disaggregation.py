@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from quire.cluster.rpc import Cluster
-from quire.transfer.endpoint import Endpoint
+from quire.transfer.group import GroupEndpoint
 from quire.transfer.layout import BlockLayout, Shard
 from quire.transfer.memory import PoolMemory
 from quire.transfer.negotiate import Identity
@@ -22,9 +22,12 @@ from quire.worker.standing import Role
 if TYPE_CHECKING:
     from quire.config.transfer import TransferConfig
     from quire.engine.loop import EngineLoop
+    from quire.engine.parallel.gang import Gang
     from quire.engine.request import EngineRequest
     from quire.engine.scheduler.remote import BlocksReady, PrefillNeeded
     from quire.proto import transfer_pb2, worker_pb2
+    from quire.transfer.endpoint import Endpoint
+    from quire.transfer.group import Ranks
     from quire.transfer.state import Event
     from quire.worker.metrics import EngineMetrics
 
@@ -76,18 +79,17 @@ class Disaggregation:
         """Listen for KV blocks. Raises OSError, or ValueError without a pool in host memory."""
         loop = around.loop
         model = loop.engine.model
-        if model.gang is not None:
-            raise ValueError(
-                f"KV blocks cannot be exchanged with tensor parallelism yet: run this worker "
-                f"without --tensor-parallel-size ({model.gang.size}), or prefill and decode in one"
-            )
         backend = model.runner.backend
         pool = backend.host_pool()
         if pool is None:
             raise ValueError("KV blocks can be exchanged only from host memory so far")
         identity = Identity(
-            layout=BlockLayout.of(backend.layout, model=model.fingerprint.hex()),
-            shard=Shard(0, 1),
+            layout=BlockLayout.of(
+                backend.layout,
+                model=model.fingerprint.hex(),
+                num_kv_heads=model.config.num_kv_heads,
+            ),
+            shard=Shard(0, 1 if model.gang is None else model.gang.size),
             worker=options.worker,
             incarnation=around.incarnation,
             heartbeat_s=options.config.kv_heartbeat_s,
@@ -95,7 +97,8 @@ class Disaggregation:
         )
         events = _Events(asyncio.get_running_loop())
         memory = PoolMemory(pool, backend.layout.block_bytes)
-        endpoint = Endpoint(options.config, identity, memory, events)
+        ranks = None if model.gang is None else gang_ranks(model.gang)
+        endpoint = GroupEndpoint(options.config, identity, memory, events, ranks)
         me = endpoint.start()
         around.metrics.show_transfers(endpoint.counters)
         known_as = identity.hello(me.listeners, options.config.kv_transports)
@@ -141,6 +144,13 @@ class Disaggregation:
         await self.fetch.close()
         await self.peers.close()
         await asyncio.to_thread(self.endpoint.close)
+
+
+def gang_ranks(gang: Gang) -> Ranks:
+    """The endpoints of the other ranks of a tensor-parallel engine."""
+    from quire.engine.parallel.kv import GangRanks
+
+    return GangRanks(gang)
 
 
 class _Events:

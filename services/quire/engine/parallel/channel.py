@@ -5,6 +5,7 @@
            ── BEAT, every BEAT_S ───▶
            ── FAILED {message} ─────▶          and the rank ends
            ◀─ STEP plan ────────────           again and again
+           ◀─ KV verb, event ──────▶           see `kv`
            ◀─ end of stream ────────           the rank ends
 
 A message is its kind (1 byte), its length (4 bytes, little-endian) and as many bytes. Steps do not
@@ -39,6 +40,7 @@ class Kind(IntEnum):
     BEAT = 3
     FAILED = 4
     STEP = 5
+    KV = 6
 
 
 class Channel:

@@ -96,6 +96,7 @@ class _State:
     ending: bool = False
     silence_s: float = LOADING_SILENCE_S
     on_failure: Callable[[Exception], None] | None = None
+    on_kv: Callable[[int, bytes], None] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fail(self, error: Exception) -> None:
@@ -187,6 +188,17 @@ class Gang:
         self._state.on_failure = on_failure
         if self._state.failed.is_set():
             on_failure(self._failure())
+
+    def hear(self, on_kv: Callable[[int, bytes], None]) -> None:
+        """Call `on_kv` with rank and message when a rank says something of KV transfer."""
+        self._state.on_kv = on_kv
+
+    def tell(self, rank: int, payload: bytes) -> None:
+        """Say something of KV transfer to a rank; to a lost one, nothing."""
+        channel = self._state.members[rank - 1].channel
+        assert channel is not None
+        with contextlib.suppress(OSError):  # the watching thread finds out, and says so
+            channel.send(Kind.KV, payload)
 
     def send(self, plan: StepPlan) -> None:
         """Have every other rank execute the plan. Raises RankFailed."""
@@ -294,6 +306,8 @@ def _listen(state: _State, member: _Member) -> None:
         member.heard = time.monotonic()
         if kind is Kind.FAILED:
             state.fail(_reported(state, member, json.loads(payload)))
+        elif kind is Kind.KV and state.on_kv is not None:
+            state.on_kv(member.rank, payload)
         elif kind is not Kind.BEAT:
             state.fail(RankFailed(_says(member, f"sent {kind.name}")))
     except (OSError, EOFError, ValueError):

@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import select
 import signal
 import socket
@@ -94,14 +95,37 @@ def follow(runner: ModelRunner, channel: Channel) -> Never:
     """Execute the steps that rank 0 sends, until the stream ends with EOFError."""
     from quire.engine.parallel.plan_bytes import unpack
 
+    steps: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    args = (runner, channel, steps)
+    threading.Thread(target=_receive, args=args, name="orders", daemon=True).start()
     while True:
-        kind, payload = channel.receive()
-        if kind is not Kind.STEP:
-            raise RuntimeError(f"rank 0 sent {kind.name}")
+        payload = steps.get()
+        if isinstance(payload, Exception):
+            raise payload
         inputs, copies = unpack(payload)
         if len(copies):
             runner.backend.copy_blocks(copies)
         runner.backend.compute(inputs)
+
+
+def _receive(
+    runner: ModelRunner, channel: Channel, steps: queue.SimpleQueue[bytes | Exception]
+) -> None:
+    """Take in what rank 0 says, also while a step runs; ends with what it puts last."""
+    from quire.engine.parallel.kv import RankEndpoint
+
+    endpoint = RankEndpoint(runner.backend, lambda answer: channel.send(Kind.KV, answer))
+    try:
+        while True:
+            kind, payload = channel.receive()
+            if kind is Kind.STEP:
+                steps.put(payload)
+            elif kind is Kind.KV:
+                endpoint.obey(payload)
+            else:
+                raise RuntimeError(f"rank 0 sent {kind.name}")
+    except (EOFError, OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+        steps.put(error)
 
 
 def _connect(options: RankOptions) -> tuple[Channel, str]:

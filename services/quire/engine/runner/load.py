@@ -131,6 +131,7 @@ def load_model(config: EngineConfig, report: Report) -> LoadedModel:
 
 
 def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
+    """What the engine is given, with the model's fingerprint, which rank 0 alone needs."""
     return LoadedModel(
         config=choice.config,
         runner=rank.runner,
