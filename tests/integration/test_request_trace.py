@@ -60,7 +60,7 @@ def test_parts_in_order_sum_to_the_time_to_first_token(server, stream):
         "handout", "stream",
     ]  # fmt: skip
     assert_sums_up(body)
-    assert (body["state"], body["error"], body["stream"]) == ("finished", None, stream)
+    assert (body["state"], body["failure"], body["stream"]) == ("finished", None, stream)
     assert body["usage"]["completion_tokens"] == 2
     assert WORKER_S <= body["ttft_s"] < body["total_s"]
     [prompt] = body["prompts"]
@@ -101,7 +101,7 @@ def test_a_refused_request_says_why(server):
     headers = ALICE | {"x-request-id": "refused"}
     server.post("/v1/completions", BODY | {"max_tokens": -1}, **headers)
     body = trace(server, "refused").json
-    assert (body["state"], body["error"]) == ("failed", "integer_below_min_value")
+    assert (body["state"], body["failure"]) == ("failed", "integer_below_min_value")
     assert body["ttft_s"] is None
 
 

@@ -206,7 +206,7 @@ class Trace:
             "request_id": self.ids[0],
             "created": self.created,
             "state": state,
-            "error": self.error,
+            "failure": self.error,
             "model": self._model,
             "stream": self._stream,
             "usage": None if usage is None else usage.body(),
