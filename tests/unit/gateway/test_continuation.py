@@ -346,3 +346,32 @@ async def test_requests_go_where_there_are_fewest():
     async with running(slow, slow) as (workers, made, _):
         await read(workers, *(request() for _ in range(6)))
         assert [len(f.submitted) for f in made] == [3, 3]
+
+
+async def test_what_a_draining_worker_has_is_fetched_by_the_next_one():
+    """The worker that a request leaves in good order is named as the source of its blocks, to every
+    worker that is asked until one goes on; one that was lost is named to nobody."""
+
+    async def first(submit):
+        if submit.attempt:
+            async for output in speak(TOKENS)(submit):
+                yield output
+            return
+        yield OUT(token_ids=TOKENS[:3])
+        made[1].ready = True
+        made[0].stop(Loss.DRAINING)
+
+    async def second(submit):
+        if submit.attempt == 1:
+            yield FAILURE(code=FAILURE.CODE_NOT_READY, message="later")
+            return
+        yield OUT(attempt=submit.attempt, position=3, token_ids=TOKENS[3:5])
+        made[0].start()
+        made[1].stop(Loss.LOST)
+
+    async with running(first, second, ready=1) as (workers, made, losses):
+        got, _ = await read(workers, request())
+        assert got == [{0: TOKENS}]
+        assert losses == [Loss.DRAINING, Loss.NOT_READY, Loss.LOST]
+        assert [s.source.address for s in made[1].submitted] == ["fake:0", "fake:0"]
+        assert [s.HasField("source") for s in made[0].submitted] == [False, False]
