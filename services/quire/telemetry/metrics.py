@@ -123,7 +123,7 @@ STEP_TOKENS = HistogramDeclaration(
 )  # fmt: skip
 STEP_AGE = GaugeDeclaration(
     name="quire_step_age_seconds", unit="seconds", component="engine",
-    help="Time since the last finished step while work is pending, else 0.",
+    help="Time without progress while work is pending, else 0.",
 )  # fmt: skip
 PREEMPTIONS = CounterDeclaration(
     name="quire_preemptions", unit="requests", component="engine",
