@@ -247,7 +247,13 @@ def run_server(
 
 
 def greeting(gateway: GatewayConfig, model: str, took_s: float) -> str:
-    """What a new user needs: where the server is, and a command that gets an answer from it."""
+    """What a new user needs: where the server is, and a command that gets an answer from it.
+
+    Without a model's name, which a fleet's gateway is not told, the command asks for it.
+    """
+    where = gateway.url if gateway.uds is None else gateway.uds
+    if not model:
+        return f"quire is ready at {where} ({took_s:.1f} s)\ncurl {gateway.url}/v1/models"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     parts = ["curl", gateway.url + "/v1/chat/completions"]
     if gateway.uds is not None:
@@ -255,7 +261,6 @@ def greeting(gateway: GatewayConfig, model: str, took_s: float) -> str:
     if gateway.api_key:
         parts.append('-H "Authorization: Bearer $QUIRE_API_KEY"')
     parts += ["-H 'Content-Type: application/json'", "-d", shlex.quote(body)]
-    where = gateway.url if gateway.uds is None else gateway.uds
     return f"quire: {model} is ready at {where} ({took_s:.1f} s)\n{' '.join(parts)}"
 
 

@@ -9,9 +9,11 @@ from secrets import token_urlsafe
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.http_server import Upstreams, run_server
+from quire.cli.ray_workers import Asked, Greeting, ray_workers, with_ray_address
 from quire.cli.replicas import Replicas, replicas_of
 from quire.cli.routers import Routers, routers_of
 from quire.cli.supervisor import private_folder
+from quire.cli.up import require_ray
 from quire.config.base import to_mapping
 from quire.config.cluster import ClusterConfig
 from quire.config.engine import EngineConfig
@@ -42,9 +44,30 @@ COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Serve until a signal; returns the exit code."""
-    resolved = parse(COMMAND, argv, os.environ)
+    resolved = parse(COMMAND, with_ray_address(argv), os.environ)
     gateway, log = resolved.get(GatewayConfig), resolved.get(LogConfig)
-    return run_server(COMMAND.prog, gateway, log, lambda server: _serve(resolved, server))
+    serving = _serve
+    if resolved.get(LocalConfig).ray is not None:
+        require_ray(COMMAND)
+        serving = _serve_on_ray
+    return run_server(COMMAND.prog, gateway, log, lambda server: serving(resolved, server))
+
+
+async def _serve_on_ray(resolved: Resolved, server: HttpServer) -> int:
+    """With workers that Ray keeps, which end when this does."""
+    engine, transfer = resolved.get(EngineConfig), _transfer(resolved)
+    server.model_name = next(iter(server.config.served_model_name), engine.model)
+    with private_folder() as folder:
+        asked = Asked(engine, resolved.get(LocalConfig), transfer, resolved.get(LogConfig))
+        children = ray_workers(asked, server, folder)
+        upstreams = Upstreams(
+            workers={},
+            cluster=transfer,
+            tokenizer=_tokenizer(engine),
+            router=resolved.get(RouterConfig),
+            discovery=children.discovery,
+        )
+        return await server.run(upstreams, children, [Greeting(server, children.coordinator)])
 
 
 async def _serve(resolved: Resolved, server: HttpServer) -> int:
@@ -56,9 +79,7 @@ async def _serve(resolved: Resolved, server: HttpServer) -> int:
         upstreams = Upstreams(
             workers=children.workers.addresses,
             cluster=transfer,
-            tokenizer=TokenizerConfig(
-                tokenizer=engine.tokenizer or engine.model, revision=engine.revision
-            ),
+            tokenizer=_tokenizer(engine),
             router=resolved.get(RouterConfig),
             routers=children.routers.addresses,
             owns_workers=True,
@@ -110,6 +131,10 @@ def _children(
         "cluster": {f.name: getattr(transfer, f.name) for f in fields(ClusterConfig)},
     }
     return _Children(workers, routers_of(local.routers, folder, options))
+
+
+def _tokenizer(engine: EngineConfig) -> TokenizerConfig:
+    return TokenizerConfig(tokenizer=engine.tokenizer or engine.model, revision=engine.revision)
 
 
 def _transfer(resolved: Resolved) -> TransferConfig:

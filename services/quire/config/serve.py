@@ -22,8 +22,14 @@ class LocalConfig:
     routers: int = option(0, "processes")
     """Router processes to start; with 0 the HTTP server's own process routes."""
 
+    ray: str | None = option(None, "processes")
+    """Have Ray place and supervise the workers: local, as --ray alone says, starts a Ray for this
+    server; auto uses the one that runs on this host, host:port that of a cluster's head."""
+
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.ray is not None and self.routers:
+            raise ValueError("routers are not started with --ray: start quire router beside it")
         for name in ("prefill", "decode", "routers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")

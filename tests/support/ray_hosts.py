@@ -1,0 +1,209 @@
+"""Hosts for Ray on one machine: network namespaces with their own address and /tmp on a bridge.
+
+Each host's processes see only its own network and files in /tmp, as on a machine of its own. The
+head also has its own process namespace, so that killing it takes all of it, as a pod's death does.
+Needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+TOKEN = "token-of-the-tests"
+NETWORK = "10.91.7"
+OUTSIDE = f"{NETWORK}.254"
+"""This machine's own address on the bridge."""
+HEAD = f"{NETWORK}.1:6379"
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "a-ray-token-of-at-least-some-length",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+}
+
+
+def can_make_namespaces() -> bool:
+    """Whether this user and kernel allow it."""
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
+        return False
+    made = subprocess.run(["ip", "netns", "add", "quire-probe"], capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "del", "quire-probe"], capture_output=True, check=False)
+    return made.returncode == 0
+
+
+def resident_bytes(pid: int) -> int:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+@dataclass
+class Host:
+    """One network namespace and what was started in it."""
+
+    name: str
+    number: int
+    folder: Path
+    """Its /tmp."""
+    processes: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return f"{NETWORK}.{self.number}"
+
+    @property
+    def namespace(self) -> str:
+        return f"quire-{self.name}"
+
+    def make(self) -> None:
+        link = f"q-{self.name}"
+        self.folder.mkdir(parents=True)
+        (self.folder / "log").touch()
+        for line in (
+            f"ip netns add {self.namespace}",
+            f"ip link add {link} type veth peer name eth0 netns {self.namespace}",
+            f"ip link set {link} master quire-br up",
+            f"ip -n {self.namespace} addr add {self.address}/24 dev eth0",
+            f"ip -n {self.namespace} link set eth0 up",
+            f"ip -n {self.namespace} link set lo up",
+            f"ip -n {self.namespace} route add default via {OUTSIDE}",
+        ):
+            subprocess.run(line.split(), check=True, capture_output=True)
+
+    def start(self, *command: str, alone: bool = False, **environment: str) -> subprocess.Popen:
+        """Run a command here; `alone`: in a process namespace of its own."""
+        inner = f"mount --bind {self.folder} /tmp && cd / && exec " + " ".join(command)
+        around = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"] if alone else []
+        with (self.folder / "log").open("ab") as log:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self.namespace, *around, "sh", "-c", inner],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=_plain() | RAY_ENVIRONMENT | {"QUIRE_CLUSTER_TOKEN": TOKEN} | environment,
+            )  # fmt: skip
+        self.processes.append(process)
+        return process
+
+    def start_raylet(self, cpus: int, label: str = "") -> subprocess.Popen:
+        labels = [f"--labels={label}"] if label else []
+        return self.start(
+            str(BIN / "ray"), "start", f"--address={HEAD}", f"--node-ip-address={self.address}",
+            f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=80000000", *labels,
+            "--disable-usage-stats", "--include-log-monitor=false", "--block",
+        )  # fmt: skip
+
+    def start_head(self, **environment: str) -> subprocess.Popen:
+        return self.start(
+            str(BIN / "ray"), "start", "--head", f"--node-ip-address={self.address}",
+            "--port=6379", "--num-cpus=0", "--num-gpus=0", "--object-store-memory=80000000",
+            "--include-dashboard=false", "--disable-usage-stats", "--include-log-monitor=false",
+            "--block", alone=True, **environment,
+        )  # fmt: skip
+
+    def pids(self, *words: str) -> list[int]:
+        """Processes of this host whose command line has all these words."""
+        listed = subprocess.run(
+            ["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=False
+        )
+        pids = map(int, listed.stdout.split())
+        return [pid for pid in pids if all(word in command_line(pid) for word in words)]
+
+    def kill(self, *words: str) -> list[int]:
+        """SIGKILL to those processes."""
+        found = self.pids(*words)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return found
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+
+def _plain() -> dict[str, str]:
+    names = ("PATH", "HOME", "LANG", "VIRTUAL_ENV")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+@contextlib.contextmanager
+def hosts(*names: str, base: Path):
+    """Hosts by name, the first being the head's. Everything in them is killed in the end."""
+    _clean(names)
+    subprocess.run(["ip", "link", "add", "quire-br", "type", "bridge"], check=True)
+    subprocess.run(f"ip addr add {OUTSIDE}/24 dev quire-br".split(), check=True)
+    subprocess.run(["ip", "link", "set", "quire-br", "up"], check=True)
+    made = {name: Host(name, i, base / name) for i, name in enumerate(names, start=1)}
+    try:
+        for host in made.values():
+            host.make()
+        yield made
+    finally:
+        for host in made.values():
+            for pid in host.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for host in made.values():
+            for process in host.processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+        _clean(names)
+
+
+def _clean(names) -> None:
+    for name in names:
+        # the link lives on while a process of the namespace does
+        for line in (f"ip link del q-{name}", f"ip netns del quire-{name}"):
+            subprocess.run(line.split(), capture_output=True, check=False)
+    subprocess.run(["ip", "link", "del", "quire-br"], capture_output=True, check=False)
+
+
+def quire(host: Host, *words: str, ok: bool = True) -> str:
+    """Run `quire ...` there; what it printed."""
+    inner = (
+        f"mount --bind {host.folder} /tmp && cd / && exec {sys.executable} -m quire "
+        + " ".join(words)
+    )
+    done = subprocess.run(
+        ["ip", "netns", "exec", host.namespace, "sh", "-c", inner],
+        capture_output=True, text=True, timeout=120, check=False,
+        env=_plain() | RAY_ENVIRONMENT | {"QUIRE_CLUSTER_TOKEN": TOKEN},
+    )  # fmt: skip
+    if ok:
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        assert done.returncode != 0, done.stdout
+    return done.stdout + done.stderr
+
+
+def wait_until(true, timeout_s: float, what: str) -> float:
+    """Seconds it took."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < timeout_s, f"{what} did not happen in {timeout_s} s"
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+def write_fleet(host: Host, content: dict) -> str:
+    """A fleet file in the host's /tmp; its path there."""
+    (host.folder / "fleet.yaml").write_text(json.dumps(content))
+    return "/tmp/fleet.yaml"
