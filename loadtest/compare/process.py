@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -109,6 +110,9 @@ class EngineProcess:
         """End it."""
         self.group.end()
         self._answers.close()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
 
     def _read(self, patience_s: float) -> Any:
         ready, _, _ = select.select([self._answers], [], [], patience_s)
