@@ -17,7 +17,7 @@ from quire.telemetry.grafana.boards import BOARDS
 from quire.telemetry.grafana.queries import Source
 
 UNITS = {
-    "s", "reqps", "percentunit", "bytes", "short", "ops", "count:tok/s",
+    "s", "reqps", "percentunit", "bytes", "Bps", "short", "ops", "count:tok/s",
 }  # fmt: skip
 ALERTS = ROOT / "grafana" / "alerts.yaml"
 

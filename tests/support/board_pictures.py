@@ -24,6 +24,7 @@ FORMATS = {
     "reqps": lambda v: f"{v:.3g} req/s",
     "ops": lambda v: f"{v:.3g} /s",
     "count:tok/s": lambda v: f"{v:.3g} tok/s",
+    "Bps": lambda v: f"{v / 2**20:.3g} MiB/s",
     "bytes": lambda v: f"{v / 1024:.3g} KiB",
     "short": lambda v: f"{v:.3g}",
 }

@@ -13,7 +13,7 @@ def disaggregation() -> Board:
         "quire-disaggregation",
         "Quire / Prefill and decode",
         "What prefill and decode pods do, and what waits for which.",
-        (Row("Work", _work()), Row("Waiting", _waits())),
+        (Row("Work", _work()), Row("KV transfer", _transfer()), Row("Waiting", _waits())),
     )
 
 
@@ -56,6 +56,47 @@ def _work() -> tuple[Panel, ...]:
                 ),
             ),
             about="Prefill pods near 1 and decode pods far from it: more prefill pods are needed.",
+        ),
+    )
+
+
+def _transfer() -> tuple[Panel, ...]:
+    pair = "{{pod}} to {{peer}}, {{transport}}"
+    sent = S.rate(m.KV_TRANSFER_BYTES, "pod", "peer", "transport", direction="sent")
+    busy = S.rate(m.KV_TRANSFER_BUSY, "pod", "peer", "transport")
+    exposed = S.rate(m.KV_TRANSFER_EXPOSED)
+    ended = S.rate(m.KV_TRANSFERS, direction="sent", outcome="committed")
+    return (
+        Panel("KV blocks sent", "Bps", (Query(sent, pair),), about="By pair of pods."),
+        Panel(
+            "Speed while sending",
+            "Bps",
+            (Query(f"{sent} / ({busy} > 0)", pair),),
+            about="Bytes over the time in which some were on their way.",
+        ),
+        Panel(
+            "Exposed time per transfer",
+            "s",
+            (Query(f"{exposed} / ({ended} > 0)", "mean"),),
+            about="What of a transfer the prefill did not hide.",
+        ),
+        Panel(
+            "Transfers by outcome",
+            "ops",
+            (Query(S.rate(m.KV_TRANSFERS, "direction", "outcome"), "{{direction}}, {{outcome}}"),),
+            stacked=True,
+        ),
+        Panel(
+            "Fenced frames",
+            "ops",
+            (Query(S.rate(m.KV_FENCED_FRAMES), "frames"),),
+            about="Thrown away unread: of transfers that are over, or of another process.",
+        ),
+        Panel(
+            "Taken over from draining pods",
+            "ops",
+            (Query(S.rate(m.MIGRATED_SEQUENCES, "how"), "{{how}}"),),
+            about="Sequences that went on elsewhere: with their blocks, or computed again.",
         ),
     )
 
