@@ -92,6 +92,13 @@ def test_the_scores_say_why(server):
     )
 
 
+def test_a_router_that_stays_stopped_is_started_again(server):
+    victim = router_pids(server)[0]
+    os.kill(victim, signal.SIGSTOP)
+    wait_until(lambda: victim not in router_pids(server), "it is killed")
+    wait_until(lambda: len(router_pids(server)) == 2, "another one runs")
+
+
 async def load(server, over: asyncio.Event) -> list[float]:
     """Requests, one after the other in a few clients, until told to stop; how long each took."""
 

@@ -8,7 +8,9 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quire.cli.probe import Probe
 from quire.cli.supervisor import Supervisor
+from quire.config.cluster import ClusterConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,6 +66,7 @@ def routers_of(count: int, folder: Path, options: Mapping[str, Any]) -> Routers:
                 socket=socket,
                 command=COMMAND,
                 name=f"router {number}",
+                probe=Probe(f"unix:{socket}", ClusterConfig(**options["cluster"])),
             )
             for number, socket in enumerate(sockets)
         )

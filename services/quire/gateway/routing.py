@@ -151,4 +151,4 @@ class RouterPlacement:
     def _note_none(self) -> None:
         if self._has_router:
             self._has_router = False
-            logger.warning("no router answers: requests are placed by load until one does")
+            logger.warning("no router decides: requests are placed by load until one does")

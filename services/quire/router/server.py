@@ -12,6 +12,9 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from grpc_health.v1 import health_pb2_grpc
+
+from quire.cluster.health import HealthService
 from quire.cluster.rpc import PLAIN, Cluster
 from quire.config.discovery import NO_DISCOVERY
 from quire.proto import router_pb2_grpc
@@ -67,6 +70,8 @@ async def serve(options: RouterOptions, orphaned: Callable[[], Awaitable[None]])
         cluster = Cluster(options.cluster)
         server = cluster.server([("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
         router_pb2_grpc.add_RouterServicer_to_server(RouterService(router), server)
+        health = HealthService("quire.v1.Router", lambda: True, lambda: len(router.fleet) > 0)
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
         cluster.bind(server, options.listen)
         status = _status(options, router, page)
     except OSError as error:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from grpc_health.v1 import health_pb2_grpc
 
+from quire.cluster.health import HealthService
 from quire.cluster.rpc import PLAIN, Cluster
 from quire.engine.engine import Engine
 from quire.proto import worker_pb2_grpc
 from quire.telemetry import metrics as m
 from quire.telemetry.instruments import new_registry
-from quire.worker.health import HealthService
 from quire.worker.metrics import EngineMetrics
 from quire.worker.servicer import WorkerService
 
@@ -102,7 +102,7 @@ async def serve(options: WorkerOptions) -> int:
             ]
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
-        health = HealthService(lambda: service.live, lambda: service.ready)
+        health = HealthService("quire.v1.Worker", lambda: service.live, lambda: service.ready)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         cluster.bind(server, options.listen)
         status = _serve_status(options, service, stop)

@@ -1,8 +1,8 @@
 """The standard health service, `grpc.health.v1`, for probes of Kubernetes and load balancers.
 
 service                       serving while
-"", "liveness"                the engine makes progress, or is still being loaded
-"readiness", "quire.v1.Worker"  requests are taken: loaded, moving, not draining, not asleep
+"", "liveness"                only a restart would help otherwise
+"readiness", the gRPC service   requests are taken
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ _Status = health_pb2.HealthCheckResponse
 
 
 class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Answers from two questions to the worker."""
+    """Answers from two questions to the process, whose gRPC service is `name`."""
 
-    def __init__(self, is_live: Callable[[], bool], is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, name: str, is_live: Callable[[], bool], is_ready: Callable[[], bool]
+    ) -> None:
         self._services = {
             "": is_live,
             "liveness": is_live,
             "readiness": is_ready,
-            "quire.v1.Worker": is_ready,
+            name: is_ready,
         }
 
     async def Check(
