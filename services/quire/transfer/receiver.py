@@ -94,10 +94,13 @@ class Receiver:
         machine = ReceivingTransfer(ref, num_blocks, _counts(legs), lease)
         self._incoming[ref] = _Incoming(machine, legs, is_learning=degree is None)
 
+    def _is_early(self, ref: TransferRef) -> bool:
+        return any(_ref_of(header) == ref for _, header in self._early)
+
     def admit_early(self, ref: TransferRef) -> None:
         """A transfer is expected from now on: senders that were there before it open it."""
         for link, header in list(self._early):
-            if TransferRef(header.transfer, header.epoch, header.incarnation) == ref:
+            if _ref_of(header) == ref:
                 self._early.remove((link, header))
                 self.on_frame(link, header, b"")
 
@@ -156,7 +159,7 @@ class Receiver:
 
     def find(self, header: Header) -> _Incoming | None:
         """The transfer that a frame is of; None when it must be fenced."""
-        return self._incoming.get(TransferRef(header.transfer, header.epoch, header.incarnation))
+        return self._incoming.get(_ref_of(header))
 
     def on_frame(self, link: ReceivingLink, header: Header, body: bytes) -> None:
         """OPEN, COMMIT, FAIL or KEEP."""
@@ -222,12 +225,14 @@ class Receiver:
     # ----
 
     def _on_unknown(self, link: ReceivingLink, header: Header) -> None:
-        ref = TransferRef(header.transfer, header.epoch, header.incarnation)
+        ref = _ref_of(header)
         if header.kind == Kind.COMMIT and ref in self._committed:
             link.post(_header(Kind.COMMITTED, ref))
         elif header.kind == Kind.OPEN and self._node.identity.shard.rank:
             # Rank 0 made the reference: its word may take longer to get here than the sender's.
             self._early.append((link, header))
+        elif header.kind == Kind.KEEP and self._is_early(ref):
+            link.post(_header(Kind.KEEP, ref))
         elif header.kind != Kind.FAIL:
             self.fence(link, header)
 
@@ -343,6 +348,10 @@ class ReceivingLink(AcceptedLink):
 
 def _counts(legs: dict[int, tuple[Span, ...]]) -> dict[int, int]:
     return {rank: len(parts) for rank, parts in legs.items()}
+
+
+def _ref_of(header: Header) -> TransferRef:
+    return TransferRef(header.transfer, header.epoch, header.incarnation)
 
 
 def _header(kind: Kind, ref: TransferRef) -> Header:
