@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from importlib.metadata import packages_distributions, requires, version
 
 import pytest
@@ -26,6 +28,7 @@ for name in ("quire.cli.gateway", "quire.cli.router", "quire.cli.http_server", "
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 BUILD_S = 1800
+PORT = 18077
 
 
 def pinned(name: str) -> dict[str, str]:
@@ -105,15 +108,71 @@ def test_targets_and_users_are_what_the_chart_expects() -> None:
     assert f"torch=={version('torch').partition('+')[0]}" in DOCKERFILE
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(2 * BUILD_S)
-@pytest.mark.parametrize("target", ["gateway", "cpu"])
-def test_an_image_builds(target) -> None:
+def buildah(*args: str, timeout: float = 60) -> str:
+    done = subprocess.run(
+        ["buildah", *args], env=os.environ | {"STORAGE_DRIVER": "vfs"}, timeout=timeout,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def container(request):
+    """A container of a freshly built image: its root, not its isolation, is what is tested."""
     if shutil.which("buildah") is None or shutil.which("debootstrap") is None:
         pytest.skip("buildah and debootstrap are not installed")
-    wheels = [arg for arg in [os.environ.get("PIP_FIND_LINKS", "")] if arg]
+    wheels = [folder for folder in [os.environ.get("PIP_FIND_LINKS", "")] if folder]
     done = subprocess.run(
-        [str(DOCKER / "build-offline"), target, *wheels],
+        [str(DOCKER / "build-offline"), request.param, *wheels],
         capture_output=True, text=True, timeout=BUILD_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    name = buildah("from", "--pull-never", f"localhost/quire:0.1.0-{request.param}", timeout=300)
+    yield name
+    buildah("rm", name, timeout=300)
+
+
+def inside(container: str, *command: str) -> list[str]:
+    return ["buildah", "run", "--isolation", "chroot", container, "--", *command]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * BUILD_S)
+@pytest.mark.parametrize("container", ["gateway"], indirect=True)
+def test_the_gateways_image_has_its_commands_and_no_torch(container) -> None:
+    for command in ("gateway", "router"):
+        assert "usage" in buildah(*inside(container, "quire", command, "--help")[1:])
+    listed = buildah(
+        *inside(container, "sh", "-c", "ls /opt/quire/lib/python3*/site-packages; id -u")[1:]
+    )
+    assert listed.endswith("10001")
+    assert "starlette" in listed
+    assert "torch" not in listed.split()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * BUILD_S)
+@pytest.mark.parametrize("container", ["cpu"], indirect=True)
+def test_the_cpu_image_serves_the_demo_model(container) -> None:
+    command = ["quire", "serve", "--port", str(PORT), "--kv-cache-memory-bytes", "64M"]
+    server = subprocess.Popen(
+        inside(container, *command), env=os.environ | {"STORAGE_DRIVER": "vfs"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for line in server.stdout:
+            if "is ready at" in line:
+                break
+        else:
+            pytest.fail("the server ended")
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{PORT}/v1/completions",
+            b'{"model": "demo", "prompt": "def main(", "max_tokens": 8}',
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["choices"][0]["finish_reason"] == "length"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
