@@ -44,4 +44,7 @@ def hung(tid: int):
     try:
         yield
     finally:
-        ptrace(PTRACE_DETACH)
+        try:
+            ptrace(PTRACE_DETACH)
+        except ProcessLookupError:  # killed meanwhile: its parent hears of it only now
+            os.waitpid(tid, WALL)
