@@ -13,6 +13,7 @@ import platform
 import signal
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from loadtest.compare.workloads import SIZES, workloads
 from loadtest.shapes import build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
 TESTS = ("decode", "mix", "prefill", "http")
@@ -85,11 +86,10 @@ def offline(shape: str, options: argparse.Namespace, results: Results) -> None:
     model = build(shape, options.cache_dir / "models" / shape)
 
     def start(name: str) -> EngineProcess:
-        own = model_for(PEERS[name], model, options.cache_dir)
+        own = model_for(PEERS[name], model, options.dtype, options.cache_dir)
         return EngineProcess(PEERS[name], own, options.dtype, options.cache_dir, options.threads)
 
-    engines = _started([OURS, *options.peers], start)
-    try:
+    with _started([OURS, *options.peers], start) as engines:
         if options.check:
             _check_equal(engines, shape)
         for workload in wanted:
@@ -100,9 +100,6 @@ def offline(shape: str, options: argparse.Namespace, results: Results) -> None:
             able = [e for e in engines if workload.name.split()[0] in e.peer.tests]
             figures = alternate(able, options.repeats, measure)
             results.add(shape, workload.name, figures, engines[0].name)
-    finally:
-        for engine in engines:
-            engine.close()
 
 
 def online(shape: str, options: argparse.Namespace, results: Results) -> None:
@@ -113,37 +110,33 @@ def online(shape: str, options: argparse.Namespace, results: Results) -> None:
     def start(name: str) -> Server:
         return Server(name, model, options.dtype, options.cache_dir, options.threads)
 
-    servers = _started(names, start)
     loads = [HttpLoad(options.http_prompts, max_concurrency=c) for c in options.http_concurrency]
     loads += [HttpLoad(options.http_prompts, request_rate=r) for r in options.http_rate]
-    try:
+    with _started(names, start) as servers:
         for load in loads:
             figures = alternate(servers, options.repeats, http_measure(load, shape))
             results.add(shape, load.name, figures, OURS)
-    finally:
-        for server in servers:
-            server.close()
 
 
-def _started(names: Sequence[str], start: Callable[[str], Any]) -> list[Any]:
-    """Those that can be had, one after the other, each frozen when it is ready. The first is ours
-    and must come up."""
+@contextmanager
+def _started(names: Sequence[str], start: Callable[[str], Any]) -> Iterator[list[Any]]:
+    """Those that can be had, one after the other, each frozen when it is ready; ended in the end.
+    Ours must come up."""
     started: list[Any] = []
-    for name in names:
-        process = None
-        try:
-            process = start(name)
-            process.wait_ready()
-        except PeerMissing as error:
-            if process is not None:
-                process.close()
-            if name == OURS:
-                raise
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        process.group.freeze()
-        started.append(process)
-    return started
+    with ExitStack() as ending:
+        for name in names:
+            try:
+                process = start(name)
+                ending.callback(process.close)
+                process.wait_ready()
+            except PeerMissing as error:
+                if name == OURS:
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
+                continue
+            process.group.freeze()
+            started.append(process)
+        yield started
 
 
 def _check_equal(engines: Sequence[EngineProcess], shape: str) -> None:

@@ -88,7 +88,7 @@ def prepare(peer: Peer, cache: Path) -> None:
     finished.touch()
 
 
-def model_for(peer: Peer, folder: Path, cache: Path) -> Path:
+def model_for(peer: Peer, folder: Path, dtype: str, cache: Path) -> Path:
     """The model as the peer reads it: the folder, or a GGUF file made from it.
 
     Raises PeerMissing.
@@ -96,6 +96,8 @@ def model_for(peer: Peer, folder: Path, cache: Path) -> Path:
     path = folder / "model.gguf"
     if not peer.needs_gguf:
         return folder
+    if dtype != "bfloat16":
+        raise PeerMissing(f"{peer.name}: its file is bfloat16, not {dtype}")
     if not path.exists():
         command = [str(peer.python(cache)), str(ENGINES / "write_gguf.py"), str(folder), str(path)]
         try:
