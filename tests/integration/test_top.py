@@ -70,6 +70,28 @@ async def test_one_picture_says_what_the_workers_did(pair, capsys, tmp_path) -> 
     assert rows["gone"]["running"] is None
 
 
+async def test_both_sides_count_the_same_transfers(pair) -> None:
+    """What arrived whole is no cancelled transfer on the side that sent it."""
+    d, p = pair
+    await ask(d, [_submit(number, p) for number in range(100, 116)])
+    for worker in pair:
+        await worker.wait_released()
+    received = await d.metric("quire_kv_transfers_total{")
+    assert received >= 20
+    assert await p.metric("quire_kv_transfers_total{") == received
+    assert await p.metric('quire_kv_transfers_total{direction="sent"') == received
+    page = await p.stub.Control(
+        worker_pb2.ControlRequest(collect_metrics=worker_pb2.CollectMetrics()), timeout=10
+    )
+    ended = [x for x in page.metrics.splitlines() if x.startswith("quire_kv_transfers_total{")]
+    assert len(ended) == 1 and 'outcome="committed"' in ended[0], ended
+    assert await p.metric("quire_kv_transfer_bytes_total") == await d.metric(
+        "quire_kv_transfer_bytes_total"
+    )
+    assert await p.metric("quire_kv_transfer_busy_seconds_total") > 0
+    assert [rate.peer for rate in (await d.load()).transfer_rates] == ["p"]
+
+
 async def test_a_killed_worker_is_shown_and_the_others_go_on(pair, tmp_path) -> None:
     """The program itself, without a terminal: a picture a second, in plain lines."""
     d = pair[0]

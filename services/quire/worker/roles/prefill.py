@@ -55,6 +55,9 @@ class _Job:
     """Blocks of the prompt, known when its last is computed."""
     first: dict[int, ChoiceOutput] = field(default_factory=dict)
     """First output of each choice."""
+    is_committed: bool = False
+    """The receiver ends the transfer now, well or not. It may cancel the rpc, having got all,
+    before its confirmation is read here: that is no failure."""
     ended: asyncio.Future[worker_pb2.PrefillFailed | None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -95,7 +98,7 @@ class PrefillRole:
             if failed is not None:
                 yield worker_pb2.PrefillReply(failed=failed)
         finally:
-            if not job.ended.done():
+            if not (job.ended.done() or job.is_committed):
                 self._endpoint.cancel(ref)
             self._loop.abort(engine_id)
 
@@ -151,6 +154,7 @@ class PrefillRole:
         """Every block is offered and every choice has its token."""
         meta = convert.first_tokens_to(job.first).SerializeToString()
         blocks = job.num_blocks - job.start_block
+        job.is_committed = True
         self._endpoint.commit(job.ref, blocks=blocks, tokens=job.num_tokens, meta=meta)
 
     def _give_up(self, job: _Job, error: ApiError) -> None:
