@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 START_S = 600
 FIGURES = (
-    "p50_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p99_itl_ms", "p50_e2el_ms", "p99_e2el_ms",
-    "output_throughput",
+    "p50_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p99_itl_ms", "p50_tpot_ms", "p99_tpot_ms",
+    "p50_e2el_ms", "p99_e2el_ms", "output_throughput",
 )  # fmt: skip
 SERVERS = ("quire", "vllm", "vllm-eager")
 
