@@ -105,6 +105,17 @@ def test_a_refused_request_says_why(server):
     assert body["ttft_s"] is None
 
 
+def test_what_either_worker_had_cached_counts_as_cached(tokenizer):
+    async def found_elsewhere(submit):
+        async for output in speak([5])(submit):
+            output.admission.cached_tokens, output.admission.remote.cached_tokens = 16, 32
+            yield output
+
+    with gateway(tokenizer, found_elsewhere) as server:
+        usage = server.complete(max_tokens=1).json["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 32
+
+
 def test_a_lost_worker_is_a_part_and_an_attempt(tokenizer):
     async def dies_once(submit):
         if submit.attempt == 0:

@@ -62,20 +62,17 @@ def router_pids(server) -> list[int]:
 
 
 def test_requests_go_where_their_prefix_is(server):
-    """Three prefixes over and over: each stays where it was computed first."""
+    """Three prefixes over and over: each is found, by the worker that computes the rest."""
     prefixes = [f"# module {i}\n" + f"import m{i}\n" * 40 for i in range(3)]
-    homes: list[set[str]] = [set() for _ in prefixes]
     for turn in range(4):
-        for home, prefix in zip(homes, prefixes, strict=True):
+        for prefix in prefixes:
             answer = complete(server, prefix + f"def f{turn}(")
             [prompt] = trace(server, answer)["prompts"]
-            home.add(prompt["attempts"][0]["worker"])
             [routing] = prompt["routing"]
             assert prompt["attempts"][0]["placed_by"] == f"router {routing['router']}"
             if turn:
                 cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-                assert cached == routing["expected_cached_tokens"] > 100
-    assert [len(home) for home in homes] == [1, 1, 1]
+                assert cached >= routing["expected_cached_tokens"] > 100
 
 
 def test_the_scores_say_why(server):
@@ -87,9 +84,8 @@ def test_the_scores_say_why(server):
     assert set(by_name) == {"prefill-0", "decode-1", "decode-2"}
     chosen = by_name[prompt["attempts"][0]["worker"]]
     assert chosen["eligible"]
-    assert chosen["costs"]["cost_s"] == min(
-        score["costs"]["cost_s"] for score in routing["scores"] if score["eligible"]
-    )
+    least = min(s["costs"]["cost_s"] for s in routing["scores"] if s["eligible"])
+    assert chosen["costs"]["cost_s"] <= least + 0.001, "closer ones are drawn"
 
 
 def test_a_router_that_stays_stopped_is_started_again(server):

@@ -108,7 +108,8 @@ class Generation:
         if text.finish_reason is not None:
             return None
         if output.HasField("admission"):
-            self._cached_tokens += output.admission.cached_tokens
+            here, there = output.admission, output.admission.remote
+            self._cached_tokens += max(here.cached_tokens, there.cached_tokens)
             self.prompt_scores[index] = output.prompt_logprobs
         end = _end(output)
         delta = text.push(output.token_ids, output.logprobs, end)
