@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ FLAGS = (
     "--kv-cache-memory-bytes", "32M", "--num-threads", "1",
 )  # fmt: skip
 SETTLE_S = 30
+PRIOR_RATE = 8000.0
+"""Prompt tokens per second of a worker that has not reported any."""
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,7 @@ def server():
         wait_until(lambda: server.metric("quire_gateway_worker_up") == 3, "all workers are up")
         # the last worker has to be heard of by the routers, too
         wait_until(lambda: is_routed(server), "a router decides")
+        wait_until(lambda: is_measured(server), "every worker's rate is known")
         yield server
 
 
@@ -50,6 +54,17 @@ def is_routed(server) -> bool:
     return bool(prompt["routing"]) and len(prompt["routing"][0]["scores"] or ()) == 3
 
 
+def is_measured(server) -> bool:
+    """Every worker has computed prompts: beside a prior, what is measured on a busy machine would
+    look slow, prefix or not."""
+    with ThreadPoolExecutor(6) as clients:
+        prompts = [f"# {time.monotonic()} {i}\n" * 10 for i in range(6)]
+        list(clients.map(lambda prompt: complete(server, prompt), prompts))
+    [prompt] = trace(server, complete(server, "x"))["prompts"]
+    scores = prompt["routing"][0]["scores"] or () if prompt["routing"] else ()
+    return len({s["worker"] for s in scores if s["prefill_tokens_per_s"] != PRIOR_RATE}) == 3
+
+
 def placements(server, by: str) -> float:
     return server.metric(f'quire_gateway_placements_total{{by="{by}"')
 
@@ -63,7 +78,7 @@ def router_pids(server) -> list[int]:
 
 def test_requests_go_where_their_prefix_is(server):
     """Three prefixes over and over: each is found, by the worker that computes the rest."""
-    prefixes = [f"# module {i}\n" + f"import m{i}\n" * 40 for i in range(3)]
+    prefixes = [f"# module {i}\n" + f"import m{i}\n" * 90 for i in range(3)]
     for turn in range(4):
         for prefix in prefixes:
             answer = complete(server, prefix + f"def f{turn}(")
