@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hang import busiest_thread, hung
 from server import running_server
 from test_continuation import request_body, resubmissions, texts_of, wait_until
+
+from quire.proto import worker_pb2
+from quire.proto.worker_pb2_grpc import WorkerStub
 
 FLAGS = (
     "--prefill", "1", "--decode", "2", "--max-model-len", "512", "--kv-cache-memory-bytes", "32M",
@@ -46,17 +49,20 @@ def control(server, number: int, *words: str) -> None:
     subprocess.run([*command, "--cluster-token", "t"], check=True, timeout=60)
 
 
-def answers(server, number: int) -> bool:
-    """The worker's process lives, whatever its engine does."""
+def is_stuck(server, number: int) -> bool:
+    """The worker's process lives, and its engine stands still in the middle of something."""
     [socket] = Path(server.folder).glob(f"quire-*/worker-{number}.sock")
+    request = worker_pb2.ControlRequest(health=worker_pb2.Health())
+    token = (("authorization", "Bearer t"),)
     with grpc.insecure_channel(f"unix:{socket}") as channel:
-        check = health_pb2_grpc.HealthStub(channel).Check
+        ask = WorkerStub(channel).Control
         try:
-            token = (("authorization", "Bearer t"),)
-            check(health_pb2.HealthCheckRequest(), timeout=1, metadata=token)
+            ages = [ask(request, timeout=1, metadata=token).health.step_age_s]
+            time.sleep(0.3)
+            ages.append(ask(request, timeout=1, metadata=token).health.step_age_s)
         except grpc.RpcError:
             return False
-        return True
+    return ages[1] - ages[0] > 0.2
 
 
 def worker_pid(server, number: int) -> int:
@@ -98,6 +104,20 @@ def samples(server, start: str, *parts: str) -> list[float]:
     return [float(line.rsplit(" ", 1)[1]) for line in mine]
 
 
+async def busy_worker(server) -> int:
+    """Number of a decode worker that answers several requests: the router may use one alone."""
+
+    def running(number: int) -> float:
+        return sum(samples(server, "quire_requests_running{", f'engine="{number}"'))
+
+    async with asyncio.timeout(RESTART_S):
+        while True:
+            for number in (1, 2):
+                if await asyncio.to_thread(running, number) >= 3:
+                    return number
+            await asyncio.sleep(0.05)
+
+
 @asynccontextmanager
 async def steady_load(server, calm):
     """Requests without a pause; each answer is compared."""
@@ -137,17 +157,18 @@ def assert_nothing_is_left(server) -> None:
 
 
 def test_a_decode_worker_that_ends_hands_over_its_sequences_with_their_blocks(server, calm) -> None:
-    async def run() -> None:
+    async def run() -> int:
         async with steady_load(server, calm):
-            victim = worker_pid(server, 2)
-            await asyncio.sleep(1.0)
-            os.kill(victim, signal.SIGTERM)
-            await until(lambda: victim not in server.pids(), "it ended")
+            pids = {number: worker_pid(server, number) for number in (1, 2)}
+            leaves = await busy_worker(server)
+            os.kill(pids[leaves], signal.SIGTERM)
+            await until(lambda: pids[leaves] not in server.pids(), "it ended")
             await until(lambda: up(server) == 3, "it is back")
+            return 3 - leaves
 
-    asyncio.run(run())
-    assert sum(samples(server, MIGRATED, 'engine="1"', 'how="kv"')) > 0
-    assert sum(samples(server, "quire_migrated_blocks_total", 'engine="1"')) > 0
+    engine = f'engine="{asyncio.run(run())}"'
+    assert sum(samples(server, MIGRATED, engine, 'how="kv"')) > 0
+    assert sum(samples(server, "quire_migrated_blocks_total", engine)) > 0
     assert_nothing_is_left(server)
 
 
@@ -160,20 +181,22 @@ def test_requests_leave_an_engine_that_hangs(server, calm) -> None:
 
     async def run() -> None:
         async with steady_load(server, calm):
-            await asyncio.sleep(1.0)
-            pid = worker_pid(server, 2)
-            tid = await asyncio.to_thread(busiest_thread, pid)
-            for _ in range(30):
+            pids = {number: worker_pid(server, number) for number in (1, 2)}
+            for _ in range(60):
+                number = await busy_worker(server)
+                pid = pids[number]
+                tid = await asyncio.to_thread(busiest_thread, pid)
                 with hung(tid):
-                    # Stopped in Python code it holds the interpreter's lock: then all hangs.
-                    if not await asyncio.to_thread(answers, server, 2):
+                    # Stopped in Python code it holds the interpreter's lock: then all hangs. And
+                    # between two requests it has nothing to be late with.
+                    if not await asyncio.to_thread(is_stuck, server, number):
                         continue
                     await until(lambda: moved() > before, "its requests moved", 20)
                     await until(lambda: up(server) == 2, "it is not ready", 20)
                     break
             assert moved() > before
             await until(lambda: up(server) == 3, "it moves again")
-            assert worker_pid(server, 2) == pid, "it was restarted"
+            assert worker_pid(server, number) == pid, "it was restarted"
 
     asyncio.run(run())
     assert_nothing_is_left(server)
@@ -184,8 +207,9 @@ def test_requests_leave_an_engine_that_hangs(server, calm) -> None:
 def test_a_hand_over_that_breaks_off_is_computed_again(server, calm, dies) -> None:
     async def run() -> None:
         async with steady_load(server, calm):
-            leaves, takes = worker_pid(server, 1), worker_pid(server, 2)
-            await asyncio.sleep(1.0)
+            pids = {number: worker_pid(server, number) for number in (1, 2)}
+            number = await busy_worker(server)
+            leaves, takes = pids[number], pids[3 - number]
             os.kill(leaves, signal.SIGTERM)
             await asyncio.sleep(0.05)
             os.kill(leaves if dies == "the worker that drains" else takes, signal.SIGKILL)
@@ -250,7 +274,8 @@ def test_a_worker_that_stays_stopped_is_replaced(server, calm) -> None:
 
     async def run() -> None:
         async with steady_load(server, calm):
-            [*_, victim] = server.pids()
+            pids = {number: worker_pid(server, number) for number in (1, 2)}
+            victim = pids[await busy_worker(server)]
             os.kill(victim, signal.SIGSTOP)
             await until(lambda: victim not in server.pids(), "it was killed", 30)
             await until(lambda: up(server) == 3, "another is there")
