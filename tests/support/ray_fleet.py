@@ -11,6 +11,8 @@ import sys
 import time
 import urllib.request
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ray_hosts import (
     BIN,
@@ -28,7 +30,10 @@ from quire.cluster.rpc import Cluster
 from quire.config.cluster import ClusterConfig
 from quire.coordinator.client import CoordinatorClient, CoordinatorError
 
-START_S = 180
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+START_S = 240
 ENGINE = {"max_model_len": 512, "num_threads": 1, "kv_cache_memory_bytes": "32M"}
 ROCKSDB = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/gcs"}
 
@@ -91,21 +96,19 @@ class Fleet:
         path = write_fleet(self.hosts["ctl"], self.content)
         return self.hosts["ctl"].start(sys.executable, "-P", "-m", "quire", "up", "-f", path)
 
-    def start_head(self) -> subprocess.Popen:
-        before = self.hosts["head"].log().count("Ray runtime started")
-        head = self.hosts["head"].start_head(**self.storage)
-        log = self.hosts["head"].log
-        wait_until(lambda: log().count("Ray runtime started") > before, START_S, "the head's start")
-        return head
+    def start_head(self) -> None:
+        host = self.hosts["head"]
+        wait = started(host, lambda: host.start_head(**self.storage))
+        wait()
 
     def start_raylets(self, **cpus_by_host: int) -> None:
-        seen = {name: self.hosts[name].log().count("runtime started") for name in cpus_by_host}
+        waits = []
         for name, cpus in cpus_by_host.items():
-            label = f"quire.pool={name.rstrip('0123456789')}" if cpus else ""
-            self.hosts[name].start_raylet(cpus, label)
-        for name, count in seen.items():
             host = self.hosts[name]
-            wait_until(lambda h=host, c=count: h.log().count("runtime started") > c, START_S, name)
+            label = f"quire.pool={name.rstrip('0123456789')}" if cpus else ""
+            waits.append(started(host, partial(host.start_raylet, cpus, label)))
+        for wait in waits:
+            wait()
 
     def show_processes(self) -> None:
         """Each process's memory, for people."""
@@ -115,18 +118,41 @@ class Fleet:
                 print(f"{name:6} {resident_bytes(pid) / 1e6:6.0f} MB  {words[:90]}")
 
 
+def started(host: Host, start: Callable[[], subprocess.Popen]) -> Callable[[], float]:
+    """Start a part of Ray, and what waits for it.
+
+    On a busy machine Ray gives its own processes too little time: a pod would be started again.
+    """
+    before = host.log().count("runtime started")
+    process = [start()]
+
+    def is_up() -> bool:
+        if process[0].poll() is not None:
+            print(f"Ray on {host.name} did not start; once more")
+            process[0] = start()
+        return host.log().count("runtime started") > before
+
+    return lambda: wait_until(is_up, START_S, f"Ray on {host.name}")
+
+
 @contextlib.contextmanager
 def running_fleet(
-    base, content: dict, storage: dict[str, str] | None = None, spare: str = "", **cpus: int
+    base,
+    content: dict,
+    storage: dict[str, str] | None = None,
+    spare: str = "",
+    before: Callable[[dict[str, Host]], None] = lambda _: None,
+    **cpus: int,
 ):
     """`cpus`: of each host beside the head's and the coordinator's, whose name says the pool.
 
-    `spare` is a host that has not joined yet.
+    `spare` is a host that has not joined yet; `before` runs before the head starts.
     """
     names = [*cpus, spare] if spare else [*cpus]
     with hosts("head", "ctl", *names, base=base) as made:
         fleet = Fleet(made, content, ROCKSDB if storage is None else storage)
         began = time.monotonic()
+        before(made)
         fleet.start_head()
         fleet.start_raylets(ctl=0, **cpus)
         print(f"\nRay on {2 + len(cpus)} hosts: {time.monotonic() - began:.1f} s")

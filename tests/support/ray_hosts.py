@@ -29,7 +29,8 @@ RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "a-ray-token-of-at-least-some-length",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
+    # its agents start slowly beside everything else on this machine
+    "RAY_agent_register_timeout_ms": "120000",
 }
 
 
@@ -199,7 +200,7 @@ def wait_until(true, timeout_s: float, what: str) -> float:
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < timeout_s, f"{what} did not happen in {timeout_s} s"
-        time.sleep(0.1)
+        time.sleep(0.25)
     return time.monotonic() - began
 
 

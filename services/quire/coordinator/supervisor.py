@@ -14,6 +14,7 @@ actor of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -141,7 +142,8 @@ class Supervisor:
     # ---- in the thread
 
     def _run_loop(self) -> None:
-        with ThreadPoolExecutor(2, thread_name_prefix="engine") as executor:
+        executor = ThreadPoolExecutor(2, thread_name_prefix="engine")
+        with executor, contextlib.closing(self._loop):
             self._loop.set_default_executor(executor)
             self._loop.run_until_complete(self._run())
 

@@ -1,0 +1,104 @@
+"""A supervisor and its real engine, without Ray: restarts, adoption, draining, refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from dataclasses import replace
+
+import pytest
+
+from quire.coordinator import files
+from quire.coordinator.reconcile import State
+from quire.coordinator.supervisor import Assignment, StaleTerm, Supervisor
+
+LIMIT_S = 90
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """Engines' folders of this test alone."""
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def assignment(**fields) -> Assignment:
+    options = {
+        "model": "demo", "max_model_len": 128, "num_threads": 1,
+        "kv_cache_memory_bytes": 8 << 20, "log_level": "warning",
+    }  # fmt: skip
+    base = Assignment(
+        fleet="f", pod="p-0", term=5, digest="d", role="decode", host="127.0.0.1", port=0,
+        orphan_s=60, drain_s=5, options=options, cluster={"cluster_token": "t"},
+    )  # fmt: skip
+    return replace(base, **fields)
+
+
+def wait_for(supervisor: Supervisor, true):
+    deadline = time.monotonic() + LIMIT_S
+    while not true(supervisor.report()):
+        assert time.monotonic() < deadline, supervisor.report()
+        time.sleep(0.05)
+    return supervisor.report()
+
+
+def stop(supervisor: Supervisor) -> None:
+    supervisor.stop(99)
+    deadline = time.monotonic() + LIMIT_S
+    while not supervisor.is_stopped():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_ready(report) -> bool:
+    return report.state is State.READY
+
+
+def test_an_engine_is_restarted_in_place_adopted_and_drained(own_folder):
+    first = Supervisor(assignment())
+    started = wait_for(first, is_ready)
+    assert (started.role, started.restarts, started.adopted) == ("decode", 0, False)
+    assert started.startup_s > 0
+    assert started.resident_bytes > 50e6
+
+    os.kill(started.pid, signal.SIGKILL)
+    again = wait_for(first, lambda r: is_ready(r) and r.restarts == 1)
+    assert again.address == started.address
+    assert again.pid != started.pid
+
+    first.set_role(6, "prefill")
+    assert first.report().role == "prefill"
+    with pytest.raises(StaleTerm):
+        first.set_role(5, "decode")
+    with pytest.raises(StaleTerm):
+        first.stop(5)
+
+    # another supervisor finds it, with the role that was set, and the term that it was told
+    second = Supervisor(assignment(term=7))
+    adopted = wait_for(second, is_ready)
+    assert adopted.adopted
+    assert (adopted.pid, adopted.role) == (again.pid, "prefill")
+
+    first._stopping.set()  # the first one's process would have been gone
+    stop(second)
+    assert not files.identity(adopted.pid)
+
+
+def test_what_cannot_be_served_is_said(own_folder):
+    options = assignment().options | {"model": "/no/such/model"}
+    supervisor = Supervisor(assignment(options=options))
+    report = wait_for(supervisor, lambda r: r.state is State.FAILED)
+    assert "/no/such/model" in report.reason
+    stop(supervisor)
+
+
+def test_a_port_that_is_taken_is_named(own_folder):
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        supervisor = Supervisor(assignment(port=port))
+        report = wait_for(supervisor, lambda r: r.state is State.FAILED)
+    assert f"port {port} of 127.0.0.1 cannot be listened on" in report.reason
+    assert "give the pool another port" in report.reason
+    stop(supervisor)
