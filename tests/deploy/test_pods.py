@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
-from typing import TYPE_CHECKING
 
+import grpc
 import httpx2
-from manifests import RELEASE
-
-if TYPE_CHECKING:
-    from local_pods import LocalPod, LocalRelease
+import pytest
+from local_pods import LocalPod, LocalRelease
+from manifests import EXAMPLES, RELEASE, render
 
 
 class Stream:
     """A completion that streams in the background."""
 
-    def __init__(self, release: LocalRelease, tokens: int) -> None:
+    def __init__(self, release: LocalRelease, tokens: int, repeats: int = 12) -> None:
         self._url = release.of("gateway")[0].url("http", "/v1/completions")
         key = release.secret(f"{RELEASE}-quire-api-key", "api-key")
         self._headers = {"Authorization": f"Bearer {key}"}
         self._body = {
-            "model": "demo", "prompt": "import os\n\ndef list_files(path):\n" * 12,
+            "model": "demo", "prompt": "import os\n\ndef list_files(path):\n" * repeats,
             "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True,
         }  # fmt: skip
         self.events: list[str] = []
@@ -101,7 +101,9 @@ def metric(release: LocalRelease, pod: LocalPod, pattern: str) -> float:
     page = httpx2.get(
         pod.url("status", "/metrics"), headers={"Authorization": f"Bearer {token}"}
     ).text
-    return float(re.search(rf"^{pattern} (\S+)$", page, re.M).group(1))
+    found = re.search(rf"^{pattern} (\S+)$", page, re.M)
+    assert found, page[:2000]
+    return float(found.group(1))
 
 
 def test_a_decode_pod_drained_under_a_stream_loses_nothing_of_it(release) -> None:
@@ -123,3 +125,26 @@ def test_a_drained_gateway_finishes_what_it_has(release) -> None:
     stream.finish()
     gateway.start()
     gateway.wait_for("readinessProbe")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a hosts file of their own takes root")
+def test_pods_with_certificates_find_each_other_by_name(tmp_path) -> None:
+    """The certificates that the chart makes are for the names that the chart uses."""
+    path = next(path for path in EXAMPLES if path.stem == "kind-cpu")
+    secure = render(path, sets=("cluster.tls.enabled=true",))
+    with LocalRelease(secure, tmp_path, names=True) as release:
+        for pod in release.pods.values():
+            pod.start()
+        for pod in release.pods.values():
+            pod.wait_for("readinessProbe")
+        (decode,) = release.of("decode")
+        moved = 'quire_prompt_tokens_by_source_total{.*source="external_kv_transfer".*}'
+        deadline = time.monotonic() + 30
+        turn = 0
+        while metric(release, decode, moved) == 0:  # the router may not know the prefill pod yet
+            assert time.monotonic() < deadline
+            turn += 10
+            Stream(release, 20, repeats=turn).start().finish()
+        address = f"{decode.address}:{decode.port('grpc')}"
+        with grpc.insecure_channel(address) as plain, pytest.raises(grpc.FutureTimeoutError):
+            grpc.channel_ready_future(plain).result(timeout=2)

@@ -23,6 +23,7 @@ from manifests import NAMESPACE, Render
 ENTRYPOINT = str(Path(sys.executable).parent / "quire")
 """What the images start."""
 FIRST_ADDRESS = 16
+_WITH_HOSTS = ["unshare", "-m", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"']
 CPUS = "1"
 
 
@@ -68,6 +69,8 @@ class LocalPod:
         environment = {"PATH": os.environ["PATH"], **self.environment()}
         command = [self._here(part) for part in self.container.get("command", [ENTRYPOINT])]
         command += [self._here(_expand(arg, environment)) for arg in self.container.get("args", ())]
+        if self.release.hosts is not None:
+            command = [*_WITH_HOSTS, str(self.release.hosts), *command]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT,
@@ -83,8 +86,8 @@ class LocalPod:
                 reference = source["secretKeyRef"]
                 value = self.release.secret(reference["name"], reference["key"])
             elif "fieldRef" in source:
-                fields = {"metadata.name": self.name, "status.podIP": self.address}
-                value = fields[source["fieldRef"]["fieldPath"]]
+                assert source["fieldRef"]["fieldPath"] == "metadata.name"
+                value = self.name
             elif "resourceFieldRef" in source:
                 assert source["resourceFieldRef"]["resource"] == "limits.cpu"
                 value = CPUS  # the tests' machine is small
@@ -105,6 +108,10 @@ class LocalPod:
                 data = self.release.render.named("ConfigMap", volume["configMap"]["name"])["data"]
                 for name, content in data.items():
                     (self.files[mount["mountPath"]] / name).write_text(self._here(content))
+            elif "secret" in volume:
+                data = self.release.render.named("Secret", volume["secret"]["secretName"])["data"]
+                for name, content in data.items():
+                    (self.files[mount["mountPath"]] / name).write_bytes(base64.b64decode(content))
 
     def _here(self, text: str) -> str:
         """Pods' names as addresses, every interface as this pod's, mount paths as folders."""
@@ -112,7 +119,9 @@ class LocalPod:
         if not self.files:
             return text
         paths = "|".join(map(re.escape, self.files))
-        return re.sub(rf"(?<![\w/.])({paths})\b", lambda at: str(self.files[at.group(1)]), text)
+        return re.sub(
+            rf"(?<![\w/.])({paths})(?![\w-])", lambda at: str(self.files[at.group(1)]), text
+        )
 
     def probe(self, kind: str) -> bool:
         """One try of a probe, as the kubelet does it."""
@@ -152,11 +161,17 @@ class LocalPod:
 
 
 class LocalRelease:
-    """All pods of a render, each a process. A context manager: at its end they are gone."""
+    """All pods of a render, each a process. A context manager: at its end they are gone.
 
-    def __init__(self, render: Render, folder: Path) -> None:
+    With `names`, pods find each other by the names that DNS has in a cluster, from a hosts file
+    that only they see. It takes root.
+    """
+
+    def __init__(self, render: Render, folder: Path, *, names: bool = False) -> None:
         self.render = render
         self.folder = folder
+        self.hosts: Path | None = None
+        self.subnet = "127.0.79" if names else "127.0.77"
         self.pods: dict[str, LocalPod] = {}
         for workload in render.workloads:
             name, template = workload["metadata"]["name"], workload["spec"]["template"]
@@ -164,9 +179,18 @@ class LocalRelease:
                 stateful = workload["kind"] == "StatefulSet"
                 pod = f"{name}-{number}" if stateful else f"{name}-x{number}"
                 self._add(pod, template)
+        if names:
+            lines = [f"{pod.address} {self._name(pod)}" for pod in self.pods.values()]
+            self.hosts = folder / "hosts"
+            self.hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+
+    @staticmethod
+    def _name(pod: LocalPod) -> str:
+        """In DNS, by the pod's headless service."""
+        return f"{pod.name}.{pod.name.rpartition('-')[0]}.{NAMESPACE}.svc"
 
     def _add(self, name: str, template: dict) -> LocalPod:
-        address = f"127.0.77.{FIRST_ADDRESS + len(self.pods)}"
+        address = f"{self.subnet}.{FIRST_ADDRESS + len(self.pods)}"
         self.pods[name] = LocalPod(name, address, template, self.folder / name, self)
         return self.pods[name]
 
@@ -179,8 +203,8 @@ class LocalRelease:
     def resolve(self, text: str) -> str:
         """Names of pods and services as the cluster's DNS has them, as addresses."""
         for pod in self.pods.values():
-            service = pod.name.rpartition("-")[0]
-            text = text.replace(f"{pod.name}.{service}.{NAMESPACE}.svc", pod.address)
+            if self.hosts is None:
+                text = text.replace(self._name(pod), pod.address)
         for service in self.render.of("Service"):
             name = f"//{service['metadata']['name']}.{NAMESPACE}.svc:"
             if name in text:
