@@ -220,7 +220,7 @@ class Program:
         self._library.quire_program_set_profile(self._handle, self._profile)
 
     def progress(self) -> float:
-        """Grows with each operation of a step that ends, once `start_profile` was called. Any thread.
+        """Grows with each operation that ends, once `start_profile` was called. Any thread.
 
         A step in progress whose figure stands still is stuck in one operation.
         """
