@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quire.coordinator import assignments, capacity
-from quire.coordinator.placement import HeadAway, RayError, Room, Unreachable
+from quire.coordinator.joining import RayError
+from quire.coordinator.placement import HeadAway, Room, Unreachable
 from quire.coordinator.reconcile import Place, Seen, SetRole, State, Stop, decide
 from quire.coordinator.supervisor import StaleTerm
 from quire.coordinator.topology import Epoch, Pod, Topology, next_term

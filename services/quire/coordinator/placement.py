@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quire.coordinator.capacity import Node
+from quire.coordinator.joining import RayError, own_address, why_not_connected
 from quire.coordinator.supervisor import Report, StaleTerm, Supervisor
 
 if TYPE_CHECKING:
@@ -40,10 +41,6 @@ COMMAND_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 60.0
 OBJECT_STORE_BYTES = 80_000_000
 """Ray's least is 75 MB; nothing is kept there."""
-
-
-class RayError(Exception):
-    """Ray cannot be used; the message says what to change."""
 
 
 class HeadAway(RayError):
@@ -124,10 +121,13 @@ class RayCluster:
             options |= {"address": "local"}
         else:
             options["address"] = self._config.ray
+            if self._config.ray != "auto":
+                # of several raylets that it finds, Ray would take any
+                options["_node_ip_address"] = own_address(self._config.ray)
         try:
             context: Any = ray.init(**options)
         except (RuntimeError, ConnectionError, ValueError, AssertionError, OSError) as error:
-            raise RayError(_why_not_connected(self._config.ray, error)) from None
+            raise RayError(why_not_connected(self._config.ray, error)) from None
         self.address = context.address_info.get("gcs_address") or self._config.ray
         util: Any = ray.util
         self.host = str(util.get_node_ip_address())
@@ -357,23 +357,3 @@ def _missing(path: str, labels: Mapping[str, str]) -> list[str]:
 
 def _exists(path: str) -> bool:
     return Path(path).exists()
-
-
-def _why_not_connected(address: str, error: BaseException) -> str:
-    """What to change, from what Ray says."""
-    import ray
-
-    text = " ".join(str(error).split())
-    if "ersion mismatch" in text:
-        return (
-            f"Ray at {address} is of another version than here (ray {ray.__version__}): "
-            f"install the same ray and Python on every node. Ray says: {text}"
-        )
-    if isinstance(error, ConnectionError) and address == "auto":
-        return "no Ray runs on this host: start one with `ray start`, or use ray: local"
-    if "expects this IP address" in text or "find a node" in text or "no running" in text.lower():
-        return (
-            f"this host is no node of the Ray cluster at {address}: run "
-            f"`ray start --address={address} --num-cpus=0` on it first"
-        )
-    return f"no Ray cluster can be reached at {address}: {text}"

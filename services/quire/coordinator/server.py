@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from quire.cluster.rpc import Cluster
 from quire.coordinator.client import drain_engine, leads
 from quire.coordinator.coordinator import Coordinator, Deposed, Refused
-from quire.coordinator.placement import HeadAway, RayCluster, RayError
+from quire.coordinator.joining import RayError
+from quire.coordinator.placement import HeadAway, RayCluster
 from quire.coordinator.service import CoordinatorService
 from quire.coordinator.state import StateError, StateFolder
 from quire.proto import coordinator_pb2_grpc
