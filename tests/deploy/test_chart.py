@@ -83,7 +83,6 @@ def test_the_generated_files_are_current() -> None:
         ("gateway.resources.limits.cpu=two", "cpu"),
         ("roles.prefill.replicas=1,roles.decode.replicas=0", "prefill pods alone"),
         ("engine.accelerator=nvidia,roles.prefill.replicas=1", "only from host memory"),
-        ("engine.tensorParallel=2,roles.prefill.replicas=1", "tensor parallelism"),
         ("roles.unified.replicas=0", "no pod to serve the model"),
         ("gateway.httpRoute.enabled=true", "parentRefs"),
         ("gateway.inferencePool.enabled=true", "endpointPicker"),

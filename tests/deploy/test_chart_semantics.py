@@ -92,7 +92,8 @@ def test_named_ports_exist(rendered) -> None:
         selector = policy["spec"]["podSelector"]["matchLabels"]
         for _, pod in rendered.pods:
             if is_subset(selector, pod["metadata"]["labels"]):
-                known = {p["name"] for c in pod["spec"]["containers"] for p in c["ports"]}
+                ports = [p for c in pod["spec"]["containers"] for p in c["ports"]]
+                known = {p["name"] for p in ports} | {p["containerPort"] for p in ports}
                 for rule in policy["spec"]["ingress"]:
                     assert {p["port"] for p in rule["ports"]} <= known
     for monitor in rendered.of("PodMonitor"):
@@ -293,6 +294,26 @@ def test_only_the_gateway_is_open(rendered) -> None:
         if component != "gateway":
             assert all(rule.get("from") for rule in rules), "from everywhere"
         for rule in rules:
-            if any(port["port"] in ("kv-tcp", "kv-grpc") for port in rule["ports"]):
+            if any(port["port"] in (9200, 9300) for port in rule["ports"]):
                 sources = {peer["podSelector"]["matchLabels"][COMPONENT] for peer in rule["from"]}
                 assert sources <= {"unified", "prefill", "decode"}
+
+
+def test_every_rank_of_a_pod_is_reached(rendered) -> None:
+    """Rank n listens for KV blocks n ports behind the first."""
+    for workload in rendered.workloads:
+        name = workload["metadata"]["name"]
+        config = rendered.named("ConfigMap", name)["data"].get("worker.yaml")
+        policy = rendered.named("NetworkPolicy", name)
+        if config and policy:
+            options = yaml.safe_load(config)
+            size = options["tensor_parallel_size"]
+            assert options["kv_grpc_port"] - options["kv_tcp_port"] >= size
+            ranges = {
+                (port["port"], port["endPort"])
+                for rule in policy["spec"]["ingress"]
+                for port in rule["ports"]
+                if "endPort" in port
+            }
+            firsts = (options["kv_tcp_port"], options["kv_grpc_port"])
+            assert ranges == {(first, first + size - 1) for first in firsts}

@@ -129,9 +129,6 @@ engine, with replicas and the highest number of them worked out.
 {{- if and (ne $role "unified") (eq $settings.accelerator "nvidia") -}}
 {{- fail (printf "roles.%s: KV blocks are exchanged only from host memory so far: prefill and decode pods need accelerator cpu, GPUs unified pods" $role) -}}
 {{- end -}}
-{{- if and (ne $role "unified") (gt ($settings.tensorParallel | int) 1) -}}
-{{- fail (printf "roles.%s: KV blocks are not exchanged with tensor parallelism so far: use unified pods, or tensorParallel 1" $role) -}}
-{{- end -}}
 {{- $_ := set $settings "replicas" ($replicas | int) -}}
 {{- $_ := set $settings "most" ($most | int) -}}
 {{- $_ := set $settings "scaled" (ternary true false (eq $scaled true)) -}}

@@ -17,8 +17,8 @@ drain_timeout_s: {{ $pool.drainSeconds }}
 http_port: 9090
 log_format: json
 kv_host: 0.0.0.0
-kv_tcp_port: 9001
-kv_grpc_port: 9002
+kv_tcp_port: 9200
+kv_grpc_port: 9300
 {{ include "quire.tlsOptions" $root }}
 {{- with $pool.transfer }}
 {{ toYaml . }}
