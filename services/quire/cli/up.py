@@ -51,6 +51,9 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(COMMAND.prog, str(error)) from None
 
     async def serve() -> int:
+        from quire.coordinator.joining import prepare_environment
+
+        prepare_environment()
         from quire.coordinator.server import serve
 
         return await serve(fleet, ended=never, ends_with_fleet=False)

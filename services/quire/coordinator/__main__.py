@@ -12,6 +12,7 @@ import os
 import sys
 
 from quire.config.fleet import fleet_from
+from quire.coordinator.joining import prepare_environment
 from quire.telemetry.logging import configure
 
 
@@ -24,6 +25,7 @@ def main() -> int:
         print(f"quire: error: bad coordinator options: {error}", file=sys.stderr)
         return 2
     configure(raw.get("log_level", "info"), raw.get("log_format", "text"))
+    prepare_environment()
     from quire.coordinator.server import serve
 
     return asyncio.run(serve(fleet, ended=_stdin_closed, ends_with_fleet=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 from quire.config.address import split_address
@@ -9,6 +10,11 @@ from quire.config.address import split_address
 
 class RayError(Exception):
     """Ray cannot be used; the message says what to change."""
+
+
+def prepare_environment() -> None:
+    """Before gRPC is imported: it need not know that Ray forks while other threads make calls."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 def own_address(head: str) -> str:

@@ -102,8 +102,6 @@ class RayCluster:
             "RAY_gcs_rpc_server_reconnect_timeout_s", str(self._config.ray_reconnect_s)
         )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray starts its processes from a thread while others make calls
-        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         import ray
         import ray.util
 

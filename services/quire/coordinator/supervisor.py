@@ -97,7 +97,7 @@ def next_delay_s(delay_s: float, was_ready_s: float) -> float:
     """Back-off before the next start, after an engine that was ready for `was_ready_s`."""
     if was_ready_s >= CALM_S:
         return FIRST_DELAY_S
-    return min(2 * delay_s, LONGEST_DELAY_S)
+    return min(max(2 * delay_s, FIRST_DELAY_S), LONGEST_DELAY_S)
 
 
 class Supervisor:
@@ -149,7 +149,7 @@ class Supervisor:
 
     async def _run(self) -> None:
         engine = await asyncio.to_thread(self._adopt)
-        delay = FIRST_DELAY_S
+        delay = 0.0
         while not self._stopping.is_set():
             try:
                 if engine is None:
