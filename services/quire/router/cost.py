@@ -7,7 +7,7 @@
     remote(p, d) = wait(p) + (L - hit(p)) / rate(p) + exposed(p, d) + round trip
     exposed      = last chunk's transfer + what of the transfer does not fit beside the prefill
 
-    cost(d)      = min(local + harm(d), remote + harm(p)) + decode(d) + memory(d)
+    cost(d)      = min((local + harm(d)) / role(d), remote + harm(p)) + decode(d) + memory(d)
 
 `harm` is what a prefill takes from others on the pod that does it: the streams that decode there
 and the requests that come next; `decode` is what the answer's tokens cost, the request's own and
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 MIN_WEIGHT = 1e-3
 """Role weights below it count as it: a division."""
+
+MIN_LOCAL_WEIGHT = 0.2
+"""A pod that is not for prefill computes a prompt itself where that is five times cheaper than to
+have it computed: the others' queue is long, or the link slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,12 @@ def memory_wait(query: RouteQuery, pods: Endpoints) -> Floats:
     owned = np.maximum(pods.num_blocks - pods.blocks_free - pods.blocks_cached, 1.0)
     wait: Floats = pods.itl_s * query.expected_output * missing / owned
     return wait
+
+
+def in_role(local: Floats, pods: Endpoints) -> Floats:
+    """Costs of prefilling where the answer is decoded, while another pod could: scaled by role."""
+    scaled: Floats = local / np.maximum(pods.prefill_weight, MIN_LOCAL_WEIGHT)
+    return scaled
 
 
 def prefill_cost(query: RouteQuery, pods: Endpoints, prices: Prices) -> Floats:

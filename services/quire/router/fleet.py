@@ -98,6 +98,7 @@ class Fleet:
         self._busy_until = np.zeros(0)
         self._heard = np.zeros(0)
         self._trust = np.zeros(0)
+        self._measured = {name: np.zeros(0, bool) for name in RATES}
 
     def __len__(self) -> int:
         return len(self.pods)
@@ -125,6 +126,8 @@ class Fleet:
         self.index.clear(pod.slot)
         self.in_flight.forget(pod.slot)
         self._columns["serving"][pod.slot] = False
+        for measured in self._measured.values():
+            measured[pod.slot] = False
         self._names[pod.slot] = ""
         self._free.append(pod.slot)
         self._pairs = {pair: r for pair, r in self._pairs.items() if pod.slot not in pair}
@@ -168,12 +171,8 @@ class Fleet:
         slot, c = pod.slot, self._columns
         while pod.picks and pod.picks[0].at < now - REPORT_LAG_S:
             pod.picks.popleft()
-        if load.prefill_tokens_per_s > 0:
-            c["prefill_tokens_per_s"][slot] = load.prefill_tokens_per_s
-        if load.itl_s > 0:
-            c["itl_s"][slot] = load.itl_s
-        if load.itl_slope_s > 0:
-            c["itl_slope_s"][slot] = load.itl_slope_s
+        for name in RATES:
+            self._measure(slot, name, getattr(load, name))
         uncached = load.waiting_tokens * pod.uncached_share + load.prefilling_tokens
         queued_s = uncached / c["prefill_tokens_per_s"][slot]
         self._busy_until[slot] = now + queued_s + sum(p.prefill_s for p in pod.picks)
@@ -190,6 +189,17 @@ class Fleet:
             self._pair_names[peer, pod_id] = rate
             if (other := self.pods.get(peer)) is not None:
                 self._pairs[other.slot, slot] = rate
+
+    def _measure(self, slot: int, name: str, value: float) -> None:
+        """A rate that a pod measured, 0 for not yet. Pods of the same model that have measured none
+        are taken to be as fast: a common prior would draw requests to them or away."""
+        if value <= 0:
+            return
+        self._columns[name][slot] = value
+        if not self._measured[name][slot]:
+            self._measured[name][slot] = True
+            alike = (self._model == self._model[slot]) & ~self._measured[name]
+            self._columns[name][alike] = value
 
     # ---- decisions
 
@@ -315,9 +325,13 @@ class Fleet:
         self._busy_until = np.concatenate((self._busy_until, np.zeros(added)))
         self._heard = np.concatenate((self._heard, np.zeros(added)))
         self._trust = np.concatenate((self._trust, np.ones(added)))
+        self._measured = {
+            name: np.concatenate((values, np.zeros(added, bool)))
+            for name, values in self._measured.items()
+        }
 
     def _reset(self, slot: int, model: PodModel) -> None:
-        """A new pod: priors until it reports."""
+        """A new pod: until it reports, priors, or what others of its model measured."""
         for name, values in self._columns.items():
             values[slot] = _PRIORS[name]
         c = self._columns
@@ -328,6 +342,10 @@ class Fleet:
         if model.model not in self._models:
             self._models.append(model.model)
         self._model[slot] = self._models.index(model.model)
+        for name, measured in self._measured.items():
+            alike = c[name][measured & (self._model == self._model[slot])]
+            if len(alike):
+                c[name][slot] = np.median(alike)
         self._busy_until[slot] = 0.0
         self._trust[slot] = 1.0
         for (peer, receiver), rate in self._pair_names.items():
@@ -335,6 +353,8 @@ class Fleet:
                 self._pairs[self.pods[peer].slot, self.pods[receiver].slot] = rate
 
 
+RATES = ("prefill_tokens_per_s", "itl_s", "itl_slope_s")
+"""Columns that pods measure."""
 _NEW = Endpoint(pod="", serving=False)
 _PRIORS: dict[str, bool | float] = {f.name: getattr(_NEW, f.name) for f in COLUMNS}
 

@@ -102,7 +102,7 @@ COST_CASES = {
     ),
     "local prefill: the prefill pod's queue is long": (
         [
-            pod("p", decode_weight=0.0, wait_s=60.0),
+            pod("p", decode_weight=0.0, wait_s=150.0),
             pod("d", running=30.0, receive_bytes_per_s=FAST_LINK, **LOCAL),
         ],
         ("d", None),
@@ -217,7 +217,7 @@ def test_policy_chooses(why: str) -> None:
     assert placed(pods, routing_policy=name)[0] == expected
 
 
-@pytest.mark.parametrize("name", [n for n in POLICY_NAMES if n != "cost"])
+@pytest.mark.parametrize("name", POLICY_NAMES)
 def test_a_decode_only_pod_gets_a_prefill_pod_for_long_prompts(name: str) -> None:
     pods = [pod("p", decode_weight=0.0), pod("d", prefill_weight=0.0)]
     assert placed(pods, routing_policy=name) == ("d", "p")
@@ -297,6 +297,25 @@ def test_a_pod_serves_only_after_its_first_report() -> None:
         router.route(make_query(1))
     report(router, "a")
     assert router.route(make_query(1)).decode_pod == "a"
+
+
+def test_a_pod_that_measured_nothing_is_taken_to_be_as_fast_as_others_of_its_model() -> None:
+    router = make_router(0)
+    add_pod(router, "a", prefill_tokens_per_s=0.0, itl_s=0.0)
+    add_pod(router, "foreign", {"model": "other"}, prefill_tokens_per_s=5.0)
+    add_pod(router, "b", prefill_tokens_per_s=200.0, itl_s=0.5)
+    add_pod(router, "late", prefill_tokens_per_s=0.0, itl_s=0.0)
+
+    def rates() -> dict[str, tuple[float, float]]:
+        pods = router.fleet.endpoints(make_query(1), router.clock())
+        columns = zip(pods.pods, pods.prefill_tokens_per_s, pods.itl_s, strict=True)
+        return {name: (rate, itl) for name, rate, itl in columns if name}
+
+    assert rates()["a"] == rates()["late"] == (200.0, 0.5)
+    assert rates()["foreign"][0] == 5.0
+    report(router, "a", prefill_tokens_per_s=300.0, itl_s=0.1)
+    assert rates()["a"] == (300.0, 0.1)
+    assert rates()["late"] == (300.0, 0.1)
 
 
 def test_a_silent_pods_cache_counts_as_unknown() -> None:

@@ -44,6 +44,8 @@ class ExpectedCost:
         prefills = prefill_candidates(query, pods, self.prices) if len(decodes) else []
         if prefills:
             remote = remote_costs(query, pods, (prefills, decodes.tolist()), self.prices)
+            asks = c.uncached(query, pods) >= self.min_tokens
+            prefill[asks] = c.in_role(prefill, pods)[asks]
             prefill[decodes] = np.minimum(prefill[decodes], remote.min(axis=0))
         total: Floats = (prefill + others) / np.maximum(pods.decode_weight, c.MIN_WEIGHT)
         return total
@@ -75,7 +77,8 @@ class CheapestPrefill:
         if not prefills:
             return None
         remote = remote_costs(query, pods, (prefills, [decode]), self.prices)[:, 0]
-        local = local_cost(query, pods.at(np.array([decode])), self.prices)[0]
+        itself = pods.at(np.array([decode]))
+        local = c.in_role(local_cost(query, itself, self.prices), itself)[0]
         best = int(remote.argmin())
         return prefills[best] if remote[best] < local else None
 
