@@ -144,6 +144,7 @@ def test_more_replicas_under_load_without_a_failed_request(fleet, url):
 def test_a_pod_changes_its_role_without_a_restart(fleet, url):
     before = fleet.pods()["decode-3"]
     assert "decode-3: prefill" in quire(fleet.hosts["ctl"], "role", "decode-3", "prefill")
+    wait_until(lambda: fleet.pods()["decode-3"].role == "prefill", 10, "the role shown")
     after = fleet.pods()["decode-3"]
     assert (after.role, after.pid, after.restarts) == ("prefill", before.pid, before.restarts)
     assert Load(url).stream(1)

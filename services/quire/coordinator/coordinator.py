@@ -13,13 +13,14 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quire.coordinator import assignments, capacity
 from quire.coordinator.joining import RayError
 from quire.coordinator.placement import HeadAway, Room, Unreachable
 from quire.coordinator.reconcile import Place, Seen, SetRole, State, Stop, decide
+from quire.coordinator.replica import Replica
 from quire.coordinator.supervisor import StaleTerm
 from quire.coordinator.topology import Epoch, Pod, Topology, next_term
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from quire.coordinator.placement import RayCluster
     from quire.coordinator.reconcile import Action, Wanted
     from quire.coordinator.state import Record, StateFolder
-    from quire.coordinator.supervisor import Report
 
 logger = logging.getLogger(__name__)
 
@@ -49,30 +49,6 @@ class Refused(Exception):
 
 class Deposed(Exception):
     """Another coordinator has taken over."""
-
-
-@dataclass
-class Replica:
-    """One pod, as far as it is known."""
-
-    report: Report | None = None
-    answers: bool = False
-    """Its supervisor answered last time."""
-    problem: str = ""
-    """Why the latest action failed."""
-    leaving: bool = False
-    published: str = ""
-    """Address in the topology."""
-    job: asyncio.Task[None] | None = None
-
-    @property
-    def state(self) -> State:
-        """As shown and decided upon."""
-        if self.leaving:
-            return State.STOPPING
-        if self.report is None:
-            return State.UNREACHABLE if self.published else State.PLACING
-        return self.report.state if self.answers else State.UNREACHABLE
 
 
 class Coordinator:
@@ -358,19 +334,30 @@ class Coordinator:
         """Another role for one pod, done when this returns. Raises Refused."""
         if pod not in self.wanted or pod not in self.replicas:
             raise Refused(f"no pod is called {pod}; there are {', '.join(sorted(self.wanted))}")
+        before = self._record.roles.get(pod)
+        self._write_role(pod, role)  # first, or the loop would turn it back
         try:
             await self._cluster.set_role(pod, self.term, role)
         except (Unreachable, OSError, StaleTerm) as error:
+            self._write_role(pod, before)
             raise Refused(
                 f"{pod} does not take the role: {error}; try again when it is ready"
             ) from None
-        self._write(roles=self._record.roles | {pod: role})
+
+    def _write_role(self, pod: str, role: str | None) -> None:
+        """None: as its pool says."""
+        others = {name: had for name, had in self._record.roles.items() if name != pod}
+        self._write(roles=others if role is None else others | {pod: role})
 
     async def remove_all(self) -> None:
         """End every pod, without asking for more. `run` must have ended."""
         for one in self.replicas.values():
             one.job = None
         await asyncio.gather(*(self._stop(pod) for pod in tuple(self.replicas)))
+
+    async def drain_known(self) -> None:
+        """End the engines of the last topology, where Ray cannot be asked to."""
+        await asyncio.gather(*(self._drain(pod.address) for pod in self.topology.pods))
 
     async def _check_room(self, numbers: Mapping[str, int]) -> None:
         """Raises Refused when the cluster has no room, or a node has not got a model."""

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 DEPOSED, CANNOT_SERVE = 1, 2
 RETRY_S = 5.0
 STOP_GRACE_S = 0.5
+TAKE_OVER_S = 20.0
+"""For a coordinator that shall end its fleet before it has reached Ray."""
 
 
 async def serve(
@@ -110,11 +112,16 @@ async def _run(
     if working.done():
         stop.cancel()
         working.result()
+    elif ending.with_fleet and coordinator.topology.pods and not service.in_charge:
+        # what a predecessor left is not ours to end before it is in our hands
+        await asyncio.wait(
+            (working, asyncio.create_task(service.charge.wait())), timeout=TAKE_OVER_S
+        )
     working.cancel()
     await asyncio.gather(working, return_exceptions=True)
-    if ending.with_fleet and service.in_charge:
+    if ending.with_fleet:
         logger.info("ending the fleet")
-        await coordinator.remove_all()
+        await (coordinator.remove_all() if service.in_charge else coordinator.drain_known())
     return 0
 
 
@@ -132,7 +139,7 @@ async def _work(coordinator: Coordinator, service: CoordinatorService, ray: RayC
             # pods may run, and gateways want to know where
             logger.warning("%s; trying again in %g s", error, RETRY_S)
             await asyncio.sleep(RETRY_S)
-    service.in_charge = True
+    service.charge.set()
     logger.info("in charge of fleet %s, listening on %s", config.fleet, config.listen)
     await coordinator.run()
 

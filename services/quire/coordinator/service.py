@@ -28,7 +28,12 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
     def __init__(self, coordinator: Coordinator, cluster: RayCluster) -> None:
         self._coordinator, self._cluster = coordinator, cluster
-        self.in_charge = False
+        self.charge = asyncio.Event()
+
+    @property
+    def in_charge(self) -> bool:
+        """The fleet is ours to change."""
+        return self.charge.is_set()
 
     async def Watch(
         self,

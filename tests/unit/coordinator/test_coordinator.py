@@ -226,6 +226,21 @@ async def test_a_node_that_vanished_does_not_end_a_restarted_coordinator(tmp_pat
         await world.until(lambda: len(world.pods()) == 2)
 
 
+async def test_a_role_that_is_not_taken_is_not_kept(tmp_path):
+    async with running(tmp_path) as world:
+        await world.until(lambda: len(world.pods()) == 2)
+        world.cluster.silent.add("p-0")
+        with pytest.raises(Refused, match="does not take the role"):
+            await world.coordinator.set_role("p-0", "prefill")
+        assert world.coordinator.wanted["p-0"].role == "both"
+        with pytest.raises(Refused, match="no pod is called q-0; there are p-0, p-1"):
+            await world.coordinator.set_role("q-0", "prefill")
+        await world.coordinator.set_role("p-1", "decode")
+        await world.until(lambda: world.cluster.reports["p-1"].role == "decode")
+        await asyncio.sleep(0.1)
+        assert world.cluster.reports["p-1"].role == "decode"
+
+
 def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     folder = StateFolder(tmp_path)
