@@ -17,9 +17,7 @@ from server import running_server
 
 FLEETS = {
     "equal": ("--replicas", "2"),
-    "disaggregated": (
-        "--prefill", "1", "--decode", "1", "--kv-lease-s", "2", "--routing-policy", "least_load",
-    ),  # fmt: skip
+    "disaggregated": ("--prefill", "1", "--decode", "1", "--kv-lease-s", "2"),
 }
 FLAGS = (
     "--max-model-len", "512", "--kv-cache-memory-bytes", "32M",

@@ -29,7 +29,7 @@ class EngineConfig:
     block_size: int = option(16, "cache")
     """Tokens in a KV block. Fixed at 16; accepted for compatibility."""
     kv_cache_memory_bytes: int | None = option(None, "cache", aliases=("kv_cache_memory",))
-    """Bytes for the KV cache of each rank (suffixes K, M, G). Otherwise sized by a profiling run."""
+    """Bytes for the KV cache of each rank (suffixes K, M, G). Otherwise a profiling run decides."""
     memory_utilization: float | None = option(None, "cache", aliases=("gpu_memory_utilization",))
     """Share of the device's memory the engine may use, when kv_cache_memory_bytes is not given:
     0.9 by default on a GPU, on a CPU 0.5 of what is available after loading."""
@@ -59,8 +59,8 @@ class EngineConfig:
     stall_timeout_s: float = option(60.0, "execution")
     """Seconds without a finished step, work pending, after which the engine counts as failed."""
     drain_timeout_s: float = option(25.0, "execution")
-    """Seconds that a worker which was told to end, by SIGTERM or a drain, waits for its requests to go
-    elsewhere or to finish."""
+    """Seconds that a worker which was told to end, by SIGTERM or a drain, waits for its requests to
+    go elsewhere or to finish."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -9,6 +9,7 @@ whose supervisor is silent stays in it: engines outlive supervisors, raylets and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -153,10 +154,10 @@ class Coordinator:
 
     async def _pause(self) -> None:
         self._wake.clear()
-        try:
-            await asyncio.wait_for(self._wake.wait(), TICK_S)
-        except TimeoutError:
-            return
+        # not wait_for: with Python 3.11 that may swallow a cancellation
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TICK_S):
+                await self._wake.wait()
 
     async def _check_leader(self) -> None:
         try:

@@ -203,7 +203,8 @@ class RayCluster:
         import ray
 
         try:
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(asyncio.wrap_future(future))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, StaleTerm | OSError):
                 raise error.cause from None
@@ -215,7 +216,8 @@ class RayCluster:
         """In the one thread; questions behind one that waits for the head time out as well."""
         answer = self._head.submit(question)
         try:
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(answer)), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(asyncio.wrap_future(answer))
         except TimeoutError:
             answer.cancel()  # unless it has begun
             raise HeadAway("Ray's head does not answer") from None

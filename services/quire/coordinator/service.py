@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,9 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         while True:
             if self._coordinator.term:
                 yield self._topology(model)
-            try:
-                await asyncio.wait_for(self._coordinator.changed(), SIGN_OF_LIFE_S)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SIGN_OF_LIFE_S):
+                    await self._coordinator.changed()
 
     def _only_model(self) -> str:
         models = self._coordinator.fleet.models
