@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from functools import partial
 
 import pytest
 from inprocess import LocalWorker
@@ -17,10 +16,9 @@ from inprocess import LocalWorker
 from quire.config.engine import EngineConfig
 from quire.config.transfer import TransferConfig
 from quire.proto import worker_pb2
-from quire.transfer.endpoint import Endpoint
+from quire.transfer import endpoint
 from quire.transfer.faults import FaultPlan, FaultyTransport
 from quire.transfer.tcp import TcpTransport
-from quire.worker import disaggregation
 
 ROUNDS = 4
 FAULTS = {
@@ -120,11 +118,7 @@ async def test_a_bad_wire_changes_no_bit(tmp_path, monkeypatch, faults) -> None:
     plan = FaultPlan(seed=3, **FAULTS[faults])
     faulty = FaultyTransport(TcpTransport(transfer), plan)
     clean = TcpTransport(transfer)
-    turns = iter([[faulty], [clean]])  # what the prefill worker sends, and its answers
-
-    def make(*arguments):
-        return partial(Endpoint, transports=next(turns))(*arguments)
-
-    monkeypatch.setattr(disaggregation, "Endpoint", make)
+    turns = iter([[faulty], [clean]])  # the prefill worker's, which starts first, and the other's
+    monkeypatch.setattr(endpoint, "make_transports", lambda *_: next(turns))
     await compare(tmp_path, "bfloat16", transfer, ROUNDS, seed=2)
     assert sum(plan.done.values()) > 0, "nothing happened to the wire"

@@ -67,7 +67,8 @@ class LocalPod:
         if not self.files:
             self._mount()
         environment = {"PATH": os.environ["PATH"], **self.environment()}
-        command = [self._here(part) for part in self.container.get("command", [ENTRYPOINT])]
+        named = self.container.get("command")
+        command = [ENTRYPOINT] if named is None else [self._here(part) for part in named]
         command += [self._here(_expand(arg, environment)) for arg in self.container.get("args", ())]
         if self.release.hosts is not None:
             command = [*_WITH_HOSTS, str(self.release.hosts), *command]

@@ -92,8 +92,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         exchange that the pool does not allow.
         """
         loop = EngineLoop(engine, self)
-        has_host_pool = engine.model.runner.backend.host_pool() is not None
-        if transfer is not None and transfer.role is Role.BOTH and not has_host_pool:
+        alone = transfer is None or engine.model.runner.backend.host_pool() is None
+        if transfer is not None and transfer.role is Role.BOTH and alone:
             logger.warning("the KV cache is in device memory: none of it is exchanged with others")
             transfer = None
         if transfer is not None:
