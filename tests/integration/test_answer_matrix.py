@@ -132,7 +132,7 @@ def test_prefill_and_decode_answer_as_one_engine_does(references, dtype, transpo
         got = all_answers(server)
         for name, choices in want.items():
             assert got[name] == choices, name
-        assert computed(server) > 2000, "the prefill worker computed next to nothing"
+        assert computed(server) > 800, "the prefill worker computed next to nothing"
         for name in ("seeded", "stop", "chat"):
             path, body = requests()[name]
             parts = streamed_texts(server, path, body)

@@ -148,15 +148,20 @@ def test_every_answer_is_that_of_an_undisturbed_run(server, how) -> None:
         over = asyncio.Event()
         disturber = asyncio.create_task(disturb(server, how, random.Random(RNG_SEED), over))
         try:
-            got = await all_texts(server.port, numbers, 8)
+            for _ in range(6):  # a fast machine may be through before a request is hit
+                check(await all_texts(server.port, numbers, 8))
+                if await asyncio.to_thread(resubmissions, server) > before:
+                    break
         finally:
             over.set()
             count = await disturber
-        return got, count
+        return count
 
-    got, count = asyncio.run(disturbed())
+    def check(got) -> None:
+        for number, (one, other) in enumerate(zip(got, want, strict=True)):
+            assert one == other, f"request {number}: {request_body(number)}"
+
+    count = asyncio.run(disturbed())
     assert count > 0
-    for number, (one, other) in enumerate(zip(got, want, strict=True)):
-        assert one == other, f"request {number}: {request_body(number)}"
     assert resubmissions(server) > before, f"{how} {count} times, and nothing had to go on"
     assert_nothing_is_left(server)
