@@ -50,6 +50,7 @@ def run(argv: Sequence[str]) -> int:
                 listen=worker.listen,
                 served_model_name=worker.served_model_name or engine.model,
                 transfer=TransferOptions(name, transfer, Role(worker.role)),
+                label=name,
                 cluster=transfer,
                 advertise=worker.advertise,
                 http_port=worker.http_port,

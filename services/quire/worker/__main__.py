@@ -28,7 +28,7 @@ def main() -> int:
         engine = from_mapping(EngineConfig, raw["engine"])
         listen = _check_listen(raw["listen"])
         name = raw.get("served_model_name") or engine.model
-        number = int(raw.get("number", 0))
+        label = str(int(raw.get("number", 0)))
         kv = from_mapping(TransferConfig, raw["transfer"]) if raw.get("transfer") else None
     except (ValueError, TypeError, KeyError) as error:
         print(f"quire: error: bad worker options: {error}", file=sys.stderr)
@@ -42,7 +42,7 @@ def main() -> int:
     transfer = None if kv is None else TransferOptions(raw.get("worker", listen), kv, role)
     configure(raw.get("log_level", "info"), raw.get("log_format", "text"))
     cluster = kv or ClusterConfig()
-    return asyncio.run(serve(WorkerOptions(engine, listen, name, transfer, number, cluster)))
+    return asyncio.run(serve(WorkerOptions(engine, listen, name, transfer, label, cluster)))
 
 
 def _check_listen(address: str) -> str:

@@ -52,8 +52,8 @@ class WorkerOptions:
     served_model_name: str
     transfer: TransferOptions | None = None
     """How to exchange KV blocks with other workers; None for not at all."""
-    number: int = 0
-    """Among the workers of one server: the `engine` label of its metrics."""
+    label: str = "0"
+    """The `engine` label of its metrics: unlike that of any other worker of the same gateway."""
     cluster: ClusterConfig = PLAIN
     advertise: str | None = None
     """Address under which others reach it; `listen` by default."""
@@ -86,9 +86,9 @@ class _PhaseTimes:
 
 async def serve(options: WorkerOptions) -> int:
     """Run a worker until it is told to stop or its engine fails; returns the exit code."""
-    registry = new_registry("engine", engine=str(options.number))
+    registry = new_registry("engine", engine=options.label)
     instruments = m.engine_instruments(
-        registry, model_name=options.served_model_name, engine=str(options.number)
+        registry, model_name=options.served_model_name, engine=options.label
     )
     service = WorkerService(EngineMetrics(instruments), registry)
     service.address = options.advertise or options.listen
