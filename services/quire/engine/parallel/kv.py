@@ -99,10 +99,10 @@ class GangRanks:
         self._say(leg[0], {"verb": verb, "ref": leg[1], "args": args})
 
     def _call(self, rank: int, verb: str, **args: object) -> Future[Any]:
-        number = next(self._numbers)
-        self._calls[number] = Future()
+        number, answer = next(self._numbers), Future[Any]()
+        self._calls[number] = answer
         self._say(rank, {"verb": verb, "call": number, **args})
-        return self._calls[number]
+        return answer  # it may have come already: then the call is no longer in `_calls`
 
     def _say(self, rank: int, message: dict[str, object]) -> None:
         self._gang.tell(rank, json.dumps(message).encode())
