@@ -440,3 +440,19 @@ def test_only_transports_that_both_know_are_tried():
         assert ended.failure is Failure.UNREACHABLE
         assert "no transport in common, here tcp" in ended.detail
         d.endpoint.cancel(ref)
+
+
+def test_verbs_after_the_end_give_everything_back_at_once():
+    net = Net()
+    with net.side(1) as p, net.side(2) as d:
+        pass
+    ref = d.endpoint.receive(4)
+    assert d.ended(ref, timeout_s=0).failure is Failure.CANCELLED
+    d.endpoint.grant(ref, 0, [5, 6])
+    assert d.released(ref) == [5, 6]
+    d.endpoint.fence(ref)
+    p.endpoint.send(ref, d.peer)
+    assert p.ended(ref, timeout_s=0).failure is Failure.CANCELLED
+    p.endpoint.offer(ref, 0, [7])
+    assert p.released(ref) == [7]
+    assert not p.endpoint._core.sender and not d.endpoint._core.receiver

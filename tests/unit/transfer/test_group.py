@@ -60,6 +60,10 @@ class LocalRanks:
     def fence(self, leg, timeout_s):
         self.verbs.submit(self.endpoints[leg[0]].fence, leg[1]).result(timeout_s)
 
+    def flush(self):
+        """Return when every verb so far was carried out."""
+        self.verbs.submit(lambda: None).result(WAIT_S)
+
     def close(self):
         self.verbs.shutdown()
         for endpoint in self.endpoints.values():
@@ -193,9 +197,24 @@ def test_one_rank_that_fails_fails_it_everywhere():
         ref = d.endpoint.receive(6)
         d.endpoint.grant(ref, 0, range(6))
         p.endpoint.send(ref, d.peer)
+        d.ranks.flush()
         d.ranks.endpoints[1].close()
         p.endpoint.offer(ref, 0, range(6))
         assert d.ended(ref).failure is not None
+        assert p.ended(ref).failure is not None
+        assert d.returned(ref, 6) == list(range(6))
+        assert p.returned(ref, 6) == list(range(6))
+
+
+def test_a_rank_that_is_gone_before_it_hears_of_a_transfer_fails_it_everywhere():
+    network = LocalNetwork()
+    with Worker(network, 1, random_pool(1)) as p, Worker(network, 2, random_pool(2), 0.2) as d:
+        ref = d.endpoint.receive(6)
+        d.endpoint.grant(ref, 0, range(6))
+        d.ranks.endpoints[1].close()
+        p.endpoint.send(ref, d.peer)
+        p.endpoint.offer(ref, 0, range(6))
+        assert d.ended(ref).failure in (Failure.CANCELLED, Failure.PEER_CANCELLED)
         assert p.ended(ref).failure is not None
         assert d.returned(ref, 6) == list(range(6))
         assert p.returned(ref, 6) == list(range(6))
