@@ -19,8 +19,6 @@ ENGINE = {
     "max_model_len": 1024,
     "num_threads": 1,
 }
-# nixl is not a default transport yet: one of its cells was seen to differ once, see
-# docs/disaggregation.md
 TRANSPORTS = ["tcp", "grpc", pytest.param("nixl", marks=pytest.mark.slow)]
 
 FEATURES = {
