@@ -58,7 +58,8 @@ class Fleet:
 
 
 def owned(page: str) -> float:
-    with urllib.request.urlopen(page, timeout=10) as answer:
+    request = urllib.request.Request(page, headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     [line] = [x for x in lines if x.startswith("quire_kv_blocks{") and 'state="owned"' in x]
     return float(line.rsplit(" ", 1)[1])
