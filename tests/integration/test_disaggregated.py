@@ -19,7 +19,7 @@ ENGINE = {
     "max_model_len": 1024,
     "num_threads": 1,
 }
-TRANSPORTS = ["tcp", "grpc", pytest.param("nixl", marks=pytest.mark.slow)]
+TRANSPORTS = ["tcp", "grpc", "nixl"]
 
 FEATURES = {
     "greedy": {"temperature": 0.0},
