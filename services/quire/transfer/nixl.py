@@ -81,13 +81,13 @@ class Agent:
         self.name = name
         self._memory = memory
         self._agent: Any = nixl_agent(name, nixl_agent_config())
-        self._base = address_of(memory.pool)
+        self._base = address_of(memory.buffer)
         self._heads = (ctypes.c_char * (HEADER_BYTES * 256))()
         self._heads_base = ctypes.addressof(self._heads)
         self._prepared: dict[tuple[int, int], Any] = {}
         self._limbo: list[tuple[str, Any]] = []
         self._in_flight: Counter[str] = Counter()
-        for view in (memory.pool, memory.probe):
+        for view in (memory.buffer, memory.probe):
             self._register(address_of(view), view.nbytes)
         self._register(self._heads_base, len(self._heads))
 
@@ -124,9 +124,9 @@ class Agent:
         ctypes.memmove(self._heads_base + at, head[:HEADER_BYTES], HEADER_BYTES)
         places = [divmod(address_of(part) - self._base, self._memory.block_bytes) for part in parts]
         kinds = {(offset, len(part)) for (_, offset), part in zip(places, parts, strict=True)}
-        inside = all(0 <= block < self._memory.num_blocks for block, _ in places)
+        inside = all(0 <= place < self._memory.num_places for place, _ in places)
         if inside and len(kinds) == 1:
-            handle = self._prepare(target, slot, [block for block, _ in places], kinds.pop())
+            handle = self._prepare(target, slot, [place for place, _ in places], kinds.pop())
         else:
             handle = self._describe(target, slot, parts)
         self._agent.transfer(handle)
@@ -158,13 +158,13 @@ class Agent:
             logger.info("an abandoned write ended: %s", error)
             return True
 
-    def _prepare(self, target: Target, slot: int, blocks: list[int], kind: tuple[int, int]) -> Any:
+    def _prepare(self, target: Target, slot: int, places: list[int], kind: tuple[int, int]) -> Any:
         """A transfer out of descriptor lists that are made once per pair and length."""
         offset, length = kind
         if kind not in self._prepared:
             step = self._memory.block_bytes
             rows = [
-                (self._base + b * step + offset, length, 0) for b in range(self._memory.num_blocks)
+                (self._base + p * step + offset, length, 0) for p in range(self._memory.num_places)
             ]
             heads = [
                 (self._heads_base + s * HEADER_BYTES, HEADER_BYTES, 0)
@@ -182,11 +182,11 @@ class Agent:
             ]
             rows += [(*_trailer(target, s), 0) for s in range(target.num_slots)]
             target.prepared[length] = self._agent.prep_xfer_dlist(target.name, rows, MEMORY)
-        remote = [slot * each + i for i in range(len(blocks))]
+        remote = [slot * each + i for i in range(len(places))]
         return self._agent.make_prepped_xfer(
             "WRITE",
             self._prepared[kind],
-            [*blocks, self._memory.num_blocks + slot],
+            [*places, self._memory.num_places + slot],
             target.prepared[length],
             [*remote, target.num_slots * each + slot],
         )

@@ -15,7 +15,7 @@ from quire.transfer.endpoint import Endpoint
 from quire.transfer.group import GroupEndpoint, identity_of
 from quire.transfer.layout import Shard, block_bytes, heads_of
 from quire.transfer.local import LocalNetwork, LocalTransport
-from quire.transfer.memory import PoolMemory
+from quire.transfer.memory import HostMemory
 from quire.transfer.negotiate import Identity
 from quire.transfer.state import Delivered, Ended, Failure, Released, new_number
 
@@ -101,9 +101,9 @@ class Worker:
         if self.ranks is not None:
             self.ranks.close()
 
-    def memory(self, rank: int) -> PoolMemory:
+    def memory(self, rank: int) -> HostMemory:
         shard = Shard(rank, len(self.heads))
-        return PoolMemory(self.pools[rank], block_bytes(LAYOUT, shard))
+        return HostMemory(self.pools[rank], block_bytes(LAYOUT, shard))
 
     def note(self, event):
         with self.changed:
