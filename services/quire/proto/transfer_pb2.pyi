@@ -79,7 +79,7 @@ class Hello(_message.Message):
     proof: _builtins.bytes
     """HMAC under the cluster's token"""
     tells_offers: _builtins.bool
-    """its KEEPs say how many blocks it has ready to send"""
+    """its OPENs and KEEPs say how many blocks it has ready"""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property

@@ -7,7 +7,7 @@ with it. What is not found is fenced: thrown away unread, counted, and its sende
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -79,7 +79,8 @@ class Receiver:
         self._crowded: dict[TransferRef, _Incoming] = {}
         """Those with blocks that are ready and wait for a place, the first to get one first."""
         self._committed: OrderedDict[TransferRef, None] = OrderedDict()
-        self._early: deque[tuple[ReceivingLink, Header]] = deque(maxlen=MAX_EARLY)
+        self._early: OrderedDict[tuple[ReceivingLink, TransferRef], Header] = OrderedDict()
+        """OPENs of references that are not known here yet."""
 
     def __len__(self) -> int:
         return len(self._incoming)
@@ -101,15 +102,11 @@ class Receiver:
         machine = ReceivingTransfer(ref, num_blocks, _counts(legs), lease)
         self._incoming[ref] = _Incoming(machine, legs, is_learning=degree is None)
 
-    def _is_early(self, ref: TransferRef) -> bool:
-        return any(_ref_of(header) == ref for _, header in self._early)
-
     def admit_early(self, ref: TransferRef) -> None:
         """A transfer is expected from now on: senders that were there before it open it."""
-        for link, header in list(self._early):
-            if _ref_of(header) == ref:
-                self._early.remove((link, header))
-                self.on_frame(link, header, b"")
+        for link, early in list(self._early):
+            if early == ref:
+                self.on_frame(link, self._early.pop((link, ref)), b"")
 
     def _legs_from(self, degree: int) -> dict[int, tuple[Span, ...]]:
         """Source rank -> pieces that it sends of each block."""
@@ -191,8 +188,9 @@ class Receiver:
                 machine.sent_by(_counts(incoming.legs))
             incoming.links[rank] = link
             incoming.source = (link.peer.worker, link.transport)
-            if not link.peer.tells_offers:  # as far as is known, it has everything
-                self._offered(incoming, rank, machine.num_blocks)
+            # of one that does not tell it may be that it has everything
+            offered = header.num if link.peer.tells_offers else machine.num_blocks
+            self._offered(incoming, rank, offered)
             self._do(incoming, machine.opened(rank, now))
         elif incoming.links.get(rank) is not link:
             self.fence(link, header)
@@ -249,8 +247,11 @@ class Receiver:
             link.post(_header(Kind.COMMITTED, ref))
         elif header.kind == Kind.OPEN and self._node.identity.shard.rank:
             # Rank 0 made the reference: its word may take longer to get here than the sender's.
-            self._early.append((link, header))
-        elif header.kind == Kind.KEEP and self._is_early(ref):
+            self._early[link, ref] = header
+            if len(self._early) > MAX_EARLY:
+                self._early.popitem(last=False)
+        elif header.kind == Kind.KEEP and (link, ref) in self._early:
+            self._early[link, ref] = self._early[link, ref]._replace(num=header.num)
             link.post(_header(Kind.KEEP, ref))
         elif header.kind != Kind.FAIL:
             self.fence(link, header)

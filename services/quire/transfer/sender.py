@@ -365,8 +365,8 @@ def _header(kind: Kind, ref: TransferRef) -> Header:
 
 def _say(link: SendingLink, ref: TransferRef, message: Message) -> None:
     match message:
-        case Open():
-            link.post(_header(Kind.OPEN, ref))
+        case Open(count):
+            link.post(_header(Kind.OPEN, ref)._replace(num=count))
         case Offered(count):
             link.post(_header(Kind.KEEP, ref)._replace(num=count))
         case Committing(commit):

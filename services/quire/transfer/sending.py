@@ -128,7 +128,7 @@ class SendingTransfer:
 
     def begin(self) -> list[Effect]:
         """What opens the leg."""
-        return [Reply(PEER, Open()), Reply(PEER, Offered(self.num_offered))]
+        return [Reply(PEER, Open(self.num_offered))]
 
     def offer(self, first: int, slots: Iterable[int]) -> list[Effect]:
         """Blocks [first, ...) of the transfer are computed, in these blocks of the pool.

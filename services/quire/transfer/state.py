@@ -127,6 +127,9 @@ Event = Delivered | Released | Ended
 class Open:
     """S -> R: here I am for this transfer."""
 
+    num_offered: int = 0
+    """As in Offered."""
+
 
 @dataclass(frozen=True)
 class Offered:

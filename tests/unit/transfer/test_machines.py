@@ -255,7 +255,8 @@ class Pair(RuleBasedStateMachine):
 
     def to_receiver(self, rank, message, damaged):
         match message:
-            case Open():
+            case Open(count):
+                self.receiver.offered(rank, count)
                 self.do_receiver(self.receiver.opened(rank, self.now))
             case Committing(commit):
                 self.do_receiver(self.receiver.commit(rank, commit, self.now))

@@ -50,8 +50,9 @@ class PoolCopies:
                 f"each direction: give at least {2 * self.block_bytes}"
             )
         try:
-            # [places, words]
-            self._places = torch.empty((num_places, words), dtype=WORD, pin_memory=pool.is_cuda)
+            with torch.cuda.device_of(pool):  # not in the context of another rank's device
+                # [places, words]
+                self._places = torch.empty((num_places, words), dtype=WORD, pin_memory=pool.is_cuda)
         except RuntimeError as error:
             raise OSError(f"kv_staging_bytes={staging_bytes} cannot be pinned: {error}") from error
         self.places: Any = self._places.view(torch.uint8).numpy()
