@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import Future
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transfers import LAYOUT, Net, newer, run
 
+from quire.proto.transfer_pb2 import Hello
+from quire.transfer.frames import Header, Kind
 from quire.transfer.layout import Shard
+from quire.transfer.receiver import Receiver
 from quire.transfer.staging import Lane, Request, StagedMemory
 from quire.transfer.state import Ended, Failure
 
@@ -132,6 +136,24 @@ def test_ranks_of_other_degrees_share_a_place(source, degree):
 def share_of(truth, shard, size):
     first = shard.rank * LAYOUT.num_kv_heads // shard.degree * LAYOUT.head_bytes
     return truth[:, first : first + size]
+
+
+def test_what_a_sender_had_ready_before_it_was_expected_counts():
+    """A rank beyond the first may hear of a transfer later than its sender does."""
+    with Net().side(1, shard=Shard(1, 2), memory="staged", staging_places=4) as d:
+        posted = []
+        link = Mock(peer_shard=Shard(1, 2), peer=Hello(worker="p", tells_offers=True))
+        link.transport, link.post = "tcp", lambda header, body=b"": posted.append(header)
+        receiver = Receiver(d.endpoint._core.node, d._note)
+        ref = d.endpoint._new_ref(5, None)
+        head = {"transfer": ref.transfer, "epoch": ref.epoch, "incarnation": ref.incarnation}
+        receiver.on_frame(link, Header(Kind.OPEN, **head), b"")
+        receiver.on_frame(link, Header(Kind.KEEP, num=3, **head), b"")
+        receiver.promise(ref, 5, 2, 5.0)
+        receiver.admit_early(ref)
+        receiver.grant(ref, 0, range(5))
+        granted = [(h.first, h.num) for h in posted if h.kind == Kind.GRANT]
+        assert granted == [(0, 2)], "three are ready, two find a place"
 
 
 # ---- trouble, with a copy in the middle
