@@ -124,6 +124,7 @@ async def test_a_request_that_moves_takes_its_blocks_along(trio, way) -> None:
     assert (mover.answer.tokens, mover.answer.ended) == (want.tokens, want.ended)
     assert await target.metric("quire_migrated_blocks_total") >= blocks + 300 // 16
     await asyncio.gather(source.wait_released(), target.wait_released())
+    await forget(source, target)
 
 
 @pytest.mark.parametrize(
