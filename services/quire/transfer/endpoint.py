@@ -175,11 +175,7 @@ class Endpoint:
         """
         done: Future[None] = Future()
 
-        def cancel() -> None:
-            self._core.receiver.cancel(ref)
-            done.set_result(None)
-
-        if self._post(cancel):
+        if self._post(self._core.receiver.stop, ref, lambda: done.set_result(None)):
             done.result(timeout_s)
 
     def probe(

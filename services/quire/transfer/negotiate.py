@@ -100,6 +100,7 @@ class Identity:
             capabilities=capabilities,
             listeners=_listeners(listeners),
             nonce=secrets.token_bytes(NONCE_BYTES),
+            tells_offers=True,
         )
 
     def prove(self, role: str, dialler: bytes, acceptor: bytes) -> bytes:

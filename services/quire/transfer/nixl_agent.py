@@ -73,14 +73,14 @@ class Agent:
         self.name = name
         self._memory = memory
         self._agent: Any = nixl_agent(name, nixl_agent_config())
-        self._base = address_of(memory.pool)
+        self._base = address_of(memory.buffer)
         self._heads = (ctypes.c_char * (HEADER_BYTES * MAX_WRITES))()
         self._heads_base = ctypes.addressof(self._heads)
         self._free_heads = deque(range(MAX_WRITES))
         self._prepared: dict[tuple[int, int], Any] = {}
         self._writes: list[Write] = []
         """In flight, whether or not somebody still waits: none can be called back."""
-        for view in (memory.pool, memory.probe):
+        for view in (memory.buffer, memory.probe):
             self._register(address_of(view), view.nbytes)
         self._register(self._heads_base, len(self._heads))
 
@@ -157,7 +157,7 @@ class Agent:
         """The transfer of parts and a head into a slot."""
         places = [divmod(address_of(part) - self._base, self._memory.block_bytes) for part in parts]
         kinds = {(offset, len(part)) for (_, offset), part in zip(places, parts, strict=True)}
-        inside = all(0 <= block < self._memory.num_blocks for block, _ in places)
+        inside = all(0 <= at < self._memory.num_places for at, _ in places)
         if not inside or len(kinds) > 1:
             return self._describe(target, slot, place, parts)
         local, remote = self._prepare(target, kinds.pop())
@@ -165,7 +165,7 @@ class Agent:
         return self._agent.make_prepped_xfer(
             "WRITE",
             local,
-            [*(block for block, _ in places), self._memory.num_blocks + place],
+            [*(at for at, _ in places), self._memory.num_places + place],
             remote,
             [*range(slot * each, slot * each + len(parts)), target.num_slots * each + slot],
         )
@@ -177,7 +177,7 @@ class Agent:
         if kind not in self._prepared:
             rows = [
                 (self._base + b * self._memory.block_bytes + offset, length, 0)
-                for b in range(self._memory.num_blocks)
+                for b in range(self._memory.num_places)
             ]
             rows += [
                 (self._heads_base + h * HEADER_BYTES, HEADER_BYTES, 0) for h in range(MAX_WRITES)

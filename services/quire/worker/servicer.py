@@ -22,7 +22,7 @@ from quire.worker.control import Commands
 from quire.worker.disaggregation import Disaggregation, Surroundings
 from quire.worker.session import SlowGateway
 from quire.worker.sessions import Sessions
-from quire.worker.standing import Role, Standing, Weights
+from quire.worker.standing import Standing, Weights
 from quire.worker.watch import updates
 
 if TYPE_CHECKING:
@@ -79,15 +79,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def attach(self, engine: Engine, transfer: TransferOptions | None) -> EngineLoop:
         """The engine is loaded: serve with it, and exchange KV blocks if asked to.
 
-        A pool on a GPU cannot be exchanged so far: a worker that does both jobs works alone then.
-        Raises OSError when a port for KV blocks is taken, ValueError when the role needs an
-        exchange that the pool does not allow.
+        Raises OSError when a port for KV blocks is taken, ValueError when their staging is too
+        small.
         """
         loop = EngineLoop(engine, self)
-        alone = transfer is None or engine.model.runner.backend.host_pool() is None
-        if transfer is not None and transfer.role is Role.BOTH and alone:
-            logger.warning("the KV cache is in device memory: none of it is exchanged with others")
-            transfer = None
         if transfer is not None:
             around = Surroundings(loop, self.incarnation, self._metrics)
             self._disaggregation = Disaggregation.start(transfer, around)

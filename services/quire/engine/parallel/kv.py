@@ -5,8 +5,9 @@
             ── {"verb": "start" | "fence", "call": n, …} ────▶            answered by
             ◀─ {"call": n, "result": … | "error": "…"} ──────
 
-Verbs are carried out while a step runs: a step that rank 0 has finished has written and read its
-last block on every rank, because its last exchange comes after the last attention.
+Verbs are carried out while a step runs: a step that rank 0 has finished (`Backend.finish`) has
+written and read its last block on every rank, because its last exchange comes after the last
+attention.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from quire.proto import transfer_pb2
 from quire.transfer.endpoint import START_TIMEOUT_S, Endpoint
 from quire.transfer.group import identity_of
 from quire.transfer.layout import BlockLayout, Shard
-from quire.transfer.memory import PoolMemory
 from quire.transfer.negotiate import Identity, Peer
 from quire.transfer.state import Commit, Delivered, Ended, Failure, Released, TransferRef
 
@@ -146,15 +146,9 @@ class RankEndpoint:
 
     def _start(self, config: dict[str, Any], identity: dict[str, Any]) -> str:
         parts = {"layout": BlockLayout(**identity["layout"]), "shard": Shard(**identity["shard"])}
-        pool = self._backend.host_pool()
-        if pool is None:
-            raise OSError("KV blocks can be exchanged only from host memory so far")
-        self._endpoint = Endpoint(
-            from_mapping(TransferConfig, config),
-            Identity(**identity | parts),
-            PoolMemory(pool, self._backend.layout.block_bytes),
-            self._tell,
-        )
+        options = from_mapping(TransferConfig, config)
+        memory = self._backend.kv_memory(options.kv_staging_bytes)
+        self._endpoint = Endpoint(options, Identity(**identity | parts), memory, self._tell)
         return self._endpoint.start().to_proto().SerializeToString().hex()
 
     def _reply(self, call: int, action: Callable[[], object]) -> None:

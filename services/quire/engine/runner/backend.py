@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from quire.engine.runner.memory import available_host_bytes
+from quire.engine.runner.pool_copies import PoolCopies
 from quire.engine.scheduler.plan import LogprobArrays
 from quire.kernels import torch_sampler
 from quire.kernels.cpu import KV_ORDERS, CpuOps, StepLimits, Team, alloc_pool
@@ -20,6 +21,8 @@ from quire.kernels.group import ALONE
 from quire.kernels.layout import KvLayout, KvOrder
 from quire.kernels.torch_ops import TorchOps
 from quire.transfer.layout import Shard, heads_of
+from quire.transfer.memory import HostMemory
+from quire.transfer.staging import StagedMemory
 
 if TYPE_CHECKING:
     from quire.engine.models.config import ModelConfig
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from quire.kernels.group import Group
     from quire.kernels.ops import Ops, StepInputs
     from quire.kernels.sampling import SamplingBatch
+    from quire.transfer.memory import PoolMemory
 
 Logits = Any
 """[R, V] float32, in the backend's own array type; valid until the next step."""
@@ -55,11 +59,19 @@ class Backend(Protocol):
     def host_pool(self) -> np.ndarray | None:
         """The pool as uint8 [num_blocks, block_bytes] when it lies in host memory, not copied."""
 
+    def kv_memory(self, staging_bytes: int) -> PoolMemory:
+        """The pool for KV transfer: itself where it lies in host memory, else by way of at most
+        `staging_bytes` of pinned host memory. Raises ValueError when that is too little."""
+
     def copy_blocks(self, pairs: np.ndarray) -> None:
         """Copy whole blocks; pairs [C, 2] int32 of (source, destination), in order."""
 
     def compute(self, inputs: StepInputs) -> Logits:
-        """Run the model on a step."""
+        """Run the model on a step. On a device it may still run afterwards: see `finish`."""
+
+    def finish(self) -> None:
+        """Return when the step is complete. What is said of its blocks holds from then on: a block
+        that it wrote can be sent, one that it used last can be given away and received into."""
 
     def progress(self) -> float:
         """Changes while `compute` gets on within a step, where that can be seen. Any thread."""
@@ -108,9 +120,15 @@ class CpuBackend:
         self._program = self.ops.finish(model.forward(self.ops), self._pool)
         self._program.start_profile()  # two looks at the clock per operation buy `progress`
 
-    def host_pool(self) -> np.ndarray | None:
-        """The pool itself."""
+    def host_pool(self) -> np.ndarray:
+        """The pool itself. Raises RuntimeError before `allocate`."""
+        if self._pool is None:
+            raise RuntimeError("allocate comes first")
         return self._pool
+
+    def kv_memory(self, staging_bytes: int) -> PoolMemory:
+        """The pool itself."""
+        return HostMemory(self.host_pool(), self.layout.block_bytes)
 
     @property
     def program(self) -> Program:
@@ -126,6 +144,9 @@ class CpuBackend:
     def compute(self, inputs: StepInputs) -> np.ndarray:
         """Replay the step."""
         return self.program.run(inputs)
+
+    def finish(self) -> None:
+        """It is complete."""
 
     def progress(self) -> float:
         """Changes with every operation of a step."""
@@ -174,6 +195,13 @@ class TorchBackend:
         pool: np.ndarray = self.ops.pool.flatten(1).view(torch.uint8).numpy()
         return pool
 
+    def kv_memory(self, staging_bytes: int) -> PoolMemory:
+        """The pool on a CPU, else places in pinned memory."""
+        pool = self.host_pool()
+        if pool is not None:
+            return HostMemory(pool, self.layout.block_bytes)
+        return StagedMemory(PoolCopies(self.ops.pool, staging_bytes))
+
     def copy_blocks(self, pairs: np.ndarray) -> None:
         """Copy whole blocks."""
         self.ops.copy_blocks(pairs)
@@ -186,6 +214,11 @@ class TorchBackend:
         self.ops.begin(inputs)
         logits: torch.Tensor = self._model.forward(self.ops)
         return logits
+
+    def finish(self) -> None:
+        """Wait for the stream that steps run on."""
+        if self.device_type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def progress(self) -> float:
         """Nothing can be seen within a step."""
