@@ -50,7 +50,8 @@ class PoolCopies:
                 f"each direction: give at least {2 * self.block_bytes}"
             )
         try:
-            with torch.cuda.device_of(pool):  # not in the context of another rank's device
+            # not in the context of another rank's device
+            with torch.cuda.device_of(pool):  # type: ignore[no-untyped-call]
                 # [places, words]
                 self._places = torch.empty((num_places, words), dtype=WORD, pin_memory=pool.is_cuda)
         except RuntimeError as error:
