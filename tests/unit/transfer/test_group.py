@@ -199,6 +199,7 @@ def test_one_rank_that_fails_fails_it_everywhere():
         ref = d.endpoint.receive(6)
         d.endpoint.grant(ref, 0, range(6))
         p.endpoint.send(ref, d.peer)
+        d.ranks.verbs.submit(lambda: None).result(WAIT_S)  # the rank expects it by now
         d.ranks.endpoints[1].close()
         p.endpoint.offer(ref, 0, range(6))
         assert d.ended(ref).failure is not None
