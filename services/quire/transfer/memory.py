@@ -3,7 +3,7 @@
 Transports work on *places*: rooms of one block each in host memory.
 
     sending      claim a place -> load  -> pieces are read there                       -> vacate
-    receiving    claim a place -> pieces land there, are verified there -> store       -> vacate
+    receiving    claim a place -> pieces land there, are verified there -> store, which vacates it
 
     HostMemory     the pool is host memory: a block is its own place, load and store are nothing
     StagedMemory   the pool is a device's: some places in pinned memory, copies in between
@@ -76,8 +76,8 @@ class PoolMemory(ABC):
 
     @abstractmethod
     def store(self, slot: int, place: int, done: Done) -> None:
-        """Have the block of the pool as it is at its place. Nobody else reads or writes it, in a
-        step or otherwise, until `done`."""
+        """Have the block of the pool as it is at its place, which is vacated then. Nobody else
+        reads or writes it, in a step or otherwise, until `done`."""
 
     # ----
 

@@ -269,18 +269,18 @@ class Receiver:
     def _carry_out(self, incoming: _Incoming, effects: list[Effect]) -> None:
         memory = self._node.memory
         for effect in effects:
-            match effect:
+            match effect:  # the most frequent first
+                case Delivered() | Released():
+                    self._emit(effect)
+                case Store(block, slot, place):
+                    memory.store(slot, place, partial(self._stored, incoming, block))
                 case Reply(rank, message):
                     if (link := incoming.links.get(rank)) is not None:
                         _say(link, incoming.machine.ref, message)
-                case Store(block, slot, place):
-                    memory.store(slot, place, partial(self._stored, incoming, block))
                 case Vacate(places):
                     memory.vacate(places)
                 case Ended():
                     self._end(incoming, effect)
-                case Delivered() | Released():
-                    self._emit(effect)
 
     def _stored(self, incoming: _Incoming, block: int, error: Exception | None) -> None:
         problem = "" if error is None else str(error) or type(error).__name__

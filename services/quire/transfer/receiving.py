@@ -119,10 +119,11 @@ class ReceivingTransfer:
         """How many of `unplaced`, from the first on, every sender has computed."""
         self._unplaced: dict[int, int] = {}  # block -> slot, granted and without a place
         self._bound: dict[int, _Binding] = {}
-        self._storing: dict[int, _Binding] = {}  # verified, on their way into the pool
+        self._storing: dict[int, int] = {}  # block -> slot, verified, on their way into the pool
         self._granted: set[int] = set()  # by the caller
         self._told: set[int] = set()  # to the senders
         self._damaged: dict[tuple[int, int, int], int] = {}
+        self._is_committed = False  # by every leg
         self._ended = Ended(ref)
 
     @property
@@ -200,14 +201,12 @@ class ReceivingTransfer:
         return [Reply(rank, Grant(*run)) for run in runs for rank in self.open_ranks]
 
     def stored(self, block: int, error: str = "") -> list[Effect]:
-        """A verified block is in the pool, or why it could not get there."""
-        binding = self._storing.pop(block)
-        vacate = Vacate((binding.place,))
+        """A verified block is in the pool, or why it could not get there; its place is vacated."""
+        slot = self._storing.pop(block)
         if error:
-            failed = self._fail(Failure.MEMORY, error) or self._settle()
-            return [vacate, Released(self.ref, (binding.slot,)), *failed]
-        delivered = Delivered(self.ref, block, binding.slot)
-        return [vacate, delivered, *(self._maybe_commit() if self.is_live else self._settle())]
+            released = Released(self.ref, (slot,))
+            return [released, *self._fail(Failure.MEMORY, error), *self._maybe_end()]
+        return [Delivered(self.ref, block, slot), *self._maybe_end()]
 
     # ---- the peers
 
@@ -257,7 +256,8 @@ class ReceivingTransfer:
         self._legs[rank].verified[entry.block, entry.piece] = entry.checksum
         if binding.missing:
             return []
-        self._storing[entry.block] = self._bound.pop(entry.block)
+        del self._bound[entry.block]
+        self._storing[entry.block] = binding.slot
         return [Store(entry.block, binding.slot, binding.place)]
 
     def commit(self, rank: int, commit: Commit, now: float) -> list[Effect]:
@@ -269,7 +269,8 @@ class ReceivingTransfer:
         if (problem := self._misfit(leg, commit)) is not None:
             return self._fail(Failure.INCOMPLETE, f"rank {rank}: {problem}")
         leg.commit = commit
-        return self._maybe_commit()
+        self._is_committed = all(other.commit is not None for other in self._legs.values())
+        return self._maybe_end()
 
     def refused(self, failure: Failure, detail: str = "") -> list[Effect]:
         """A sender gave up."""
@@ -312,9 +313,14 @@ class ReceivingTransfer:
         offered = min(leg.num_offered for leg in self._legs.values())
         self.num_ready = sum(1 for _ in takewhile(lambda b: b < offered, self._unplaced))
 
-    def _maybe_commit(self) -> list[Effect]:
-        """The end, once every leg has committed and every block is stored."""
-        if self._storing or any(leg.commit is None for leg in self._legs.values()):
+    def _maybe_end(self) -> list[Effect]:
+        """The end, good or bad, once nothing is written into the pool any more."""
+        if self._storing:
+            return []
+        if self.state is ReceivingState.DRAINING:
+            self.state = ReceivingState.FAILED
+            return [self._ended]
+        if not (self._is_committed and self.is_live):
             return []
         self.state = ReceivingState.COMMITTED
         first = self._legs[min(self._legs)].commit
@@ -327,7 +333,7 @@ class ReceivingTransfer:
         self.state = ReceivingState.DRAINING
         self._ended = Ended(self.ref, failure, detail)
         told = [Reply(r, Fail(failure, detail)) for r in self.open_ranks if r != silent]
-        return [*told, *self._release(), *self._settle()]
+        return [*told, *self._release(), *self._maybe_end()]
 
     def _release(self) -> list[Effect]:
         """Give back what will not be filled, and its places."""
@@ -338,13 +344,6 @@ class ReceivingTransfer:
         self.num_ready = 0
         effects: list[Effect] = [Vacate(places)] if places else []
         return [*effects, Released(self.ref, slots)] if slots else effects
-
-    def _settle(self) -> list[Effect]:
-        """End when nothing is written into the pool any more."""
-        if self.state is not ReceivingState.DRAINING or self._storing:
-            return []
-        self.state = ReceivingState.FAILED
-        return [self._ended]
 
 
 def _runs(blocks: Iterable[int]) -> list[tuple[int, int]]:

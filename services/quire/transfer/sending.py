@@ -292,7 +292,7 @@ class SendingTransfer:
             self._stop_reading(piece)
         if self.state is SendingState.DRAINING:
             return self._settle()
-        acknowledged = {block for block, _ in pieces} - self._unacked.keys()
+        acknowledged = [b for b in {block for block, _ in pieces} if b not in self._unacked]
         return [*self._release(acknowledged), *self._maybe_commit(now)]
 
     # ----

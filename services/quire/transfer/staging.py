@@ -80,7 +80,12 @@ class StagedMemory(PoolMemory):
 
     def store(self, slot: int, place: int, done: Done) -> None:
         """With the next batch."""
-        self.inbound.copy(Request((slot,), (place,), done))
+
+        def stored(error: Exception | None) -> None:
+            self.inbound.vacate(place)
+            done(error)
+
+        self.inbound.copy(Request((slot,), (place,), stored))
 
     def vacate(self, places: Iterable[int]) -> None:
         """Back to the half that they are of."""

@@ -198,9 +198,9 @@ class Load:
     places: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Store:
-    """Receiver: the block is verified at its place; write it into the pool, then `stored`."""
+class Store(NamedTuple):
+    """Receiver: the block is verified at its place; write it into the pool and vacate the place,
+    then `stored`."""
 
     block: int
     """Of the transfer."""

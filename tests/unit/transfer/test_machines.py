@@ -174,6 +174,7 @@ class Pair(RuleBasedStateMachine):
             if not error:
                 self.pool[errand.slot] = errand.block
             self.places.end([errand.place])
+            self.places.vacate([errand.place])
             self.do_receiver(self.receiver.stored(errand.block, error))
 
     # ---- callers
@@ -470,7 +471,7 @@ def test_a_receiver_waits_for_every_rank():
     assert machine.landed(0, Entry(0, 0, 5), True, 0) == []
     assert machine.commit(0, Commit(1, 16, b"m", digest([Entry(0, 0, 5)])), 0) == []
     assert machine.landed(2, Entry(0, 0, 6), True, 0) == [Store(0, 50, 50)]
-    assert machine.stored(0) == [Vacate((50,)), Delivered(REF, 0, 50)]
+    assert machine.stored(0) == [Delivered(REF, 0, 50)]
     last = machine.commit(2, Commit(1, 16, b"", digest([Entry(0, 0, 6)])), 0)[-1]
     assert last.failure is None and last.commit.meta == b"m"
 
@@ -538,7 +539,7 @@ def test_a_receiver_that_stores_a_block_ends_after_it(error):
     assert machine.state is ReceivingState.DRAINING
     assert machine.cancel() == machine.expire(9) == machine.lost(0) == []
     back = Released(REF, (50,)) if error else Delivered(REF, 0, 50)
-    assert machine.stored(0, error) == [Vacate((50,)), back, Ended(REF, Failure.CANCELLED)]
+    assert machine.stored(0, error) == [back, Ended(REF, Failure.CANCELLED)]
 
 
 def test_a_commit_waits_for_what_is_being_stored():
@@ -547,16 +548,16 @@ def test_a_commit_waits_for_what_is_being_stored():
     for entry in entries:
         machine.landed(0, entry, True, 0)
     assert machine.commit(0, Commit(2, 32, b"", digest(entries)), 0) == []
-    assert machine.stored(1) == [Vacate((51,)), Delivered(REF, 1, 51)]
-    vacated, delivered, confirmed, ended = machine.stored(0)
-    assert (vacated, delivered) == (Vacate((50,)), Delivered(REF, 0, 50))
+    assert machine.stored(1) == [Delivered(REF, 1, 51)]
+    delivered, confirmed, ended = machine.stored(0)
+    assert delivered == Delivered(REF, 0, 50)
     assert (confirmed, ended.failure) == (Reply(0, Committed()), None)
 
 
 def test_a_copy_that_fails_ends_the_transfer_on_either_side():
     machine = receiving("receiving")
     machine.landed(0, Entry(0, 0, 5), True, 0)
-    _, released, told, _, rest, ended = machine.stored(0, "no device")
+    released, told, _, rest, ended = machine.stored(0, "no device")
     assert (released, rest) == (Released(REF, (50,)), Released(REF, (51,)))
     assert told == Reply(0, Fail(Failure.MEMORY, "no device"))
     assert ended == Ended(REF, Failure.MEMORY, "no device")

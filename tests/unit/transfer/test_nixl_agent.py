@@ -12,7 +12,7 @@ from quire.proto import transfer_pb2
 from quire.transfer import nixl_agent
 from quire.transfer.frames import HEADER_BYTES, Header, Kind, pack
 from quire.transfer.landing import SLOT_BYTES
-from quire.transfer.memory import PoolMemory
+from quire.transfer.memory import HostMemory
 from quire.transfer.nixl_agent import Agent, Write
 
 BLOCK_BYTES = 4096
@@ -53,7 +53,7 @@ class Library:
 def agent(monkeypatch) -> Agent:
     monkeypatch.setattr(nixl_agent, "nixl_agent", Library)
     monkeypatch.setattr(nixl_agent, "POLL_S", 0.0)
-    return Agent("me", PoolMemory(bytearray(NUM_BLOCKS * BLOCK_BYTES), BLOCK_BYTES))
+    return Agent("me", HostMemory(bytearray(NUM_BLOCKS * BLOCK_BYTES), BLOCK_BYTES))
 
 
 def attach(agent: Agent, name: bytes):
