@@ -82,7 +82,6 @@ def test_the_generated_files_are_current() -> None:
         ("roles.encode.replicas=1", "encode"),
         ("gateway.resources.limits.cpu=two", "cpu"),
         ("roles.prefill.replicas=1,roles.decode.replicas=0", "prefill pods alone"),
-        ("engine.accelerator=nvidia,roles.prefill.replicas=1", "only from host memory"),
         ("roles.unified.replicas=0", "no pod to serve the model"),
         ("gateway.httpRoute.enabled=true", "parentRefs"),
         ("gateway.inferencePool.enabled=true", "endpointPicker"),
@@ -119,6 +118,17 @@ def test_one_line_makes_it_disaggregated() -> None:
             options = yaml.safe_load(config["data"]["worker.yaml"])
             roles[options["role"]] = options["device"]
     assert roles == {"prefill": "cpu", "decode": "cpu"}
+
+
+def test_two_lines_make_it_disaggregated_on_gpus() -> None:
+    rendered = render(sets=("engine.accelerator=nvidia", "roles.prefill.replicas=1"))
+    for role in ("prefill", "decode"):
+        config = rendered.named("ConfigMap", f"{RELEASE}-quire-{role}")["data"]["worker.yaml"]
+        assert yaml.safe_load(config)["device"] == "cuda"
+        workers = rendered.named("StatefulSet", f"{RELEASE}-quire-{role}")
+        (container,) = workers["spec"]["template"]["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert container["image"].endswith("-cuda")
 
 
 def test_a_pod_has_as_many_gpus_as_share_the_model() -> None:

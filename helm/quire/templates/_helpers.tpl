@@ -126,9 +126,6 @@ engine, with replicas and the highest number of them worked out.
 {{- if lt ($most | int) ($replicas | int) -}}
 {{- fail (printf "roles.%s.autoscaling: maxReplicas %d is less than minReplicas %d" $role ($most | int) ($replicas | int)) -}}
 {{- end -}}
-{{- if and (ne $role "unified") (eq $settings.accelerator "nvidia") -}}
-{{- fail (printf "roles.%s: KV blocks are exchanged only from host memory so far: prefill and decode pods need accelerator cpu, GPUs unified pods" $role) -}}
-{{- end -}}
 {{- $_ := set $settings "replicas" ($replicas | int) -}}
 {{- $_ := set $settings "most" ($most | int) -}}
 {{- $_ := set $settings "scaled" (ternary true false (eq $scaled true)) -}}
