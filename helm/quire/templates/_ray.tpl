@@ -79,9 +79,6 @@ models:
 transfer:
   kv_tcp_port: 9200
   kv_grpc_port: 9300
-  {{- with include "quire.tlsOptions" . }}
-  {{- . | nindent 2 }}
-  {{- end }}
   {{- with .Values.engine.transfer }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -183,11 +180,15 @@ spec:
       imagePullPolicy: {{ .Values.image.pullPolicy }}
       args:
         - up
-        - --fleet=/etc/quire/fleet.yaml
+        - --fleet-file=/etc/quire/fleet.yaml
         - --log-format=json
       env:
         {{- include "quire.rayEnv" . | nindent 8 }}
         {{- include "quire.tokenEnv" . | nindent 8 }}
+        {{- range $option, $path := include "quire.tlsOptions" . | fromYaml }}
+        - name: QUIRE_{{ upper $option }}
+          value: {{ $path }}
+        {{- end }}
         {{- include "quire.env" . | nindent 8 }}
         {{- with $ray.coordinator.env }}
         {{- toYaml . | nindent 8 }}

@@ -69,7 +69,7 @@ metadata:
     {{- end }}
 spec:
   {{- include "quire.podSettings" . | nindent 2 }}
-  terminationGracePeriodSeconds: {{ add $pool.drainSeconds 15 }}
+  terminationGracePeriodSeconds: {{ add $pool.drainSeconds (ternary 20 15 $ray) }}
   containers:
     - name: worker
       image: {{ include "quire.image" (dict "root" .root "flavour" $pool.accelerator) }}

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-RAY_END_S = 10.0
+RAY_END_S = 2.0
+"""For Ray to tell its head. It would then wait for what runs here, and that would never end."""
 RECONNECT_S = 600
 """For how long Ray here waits for a head that is away."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
