@@ -37,11 +37,21 @@ def test_every_object_is_valid(name, kube) -> None:
     for each in render(*VALUE_SETS[name], kube=kube).objects:
         if each["kind"] in CUSTOM:
             jsonschema.validate(each, CUSTOM[each["kind"]])
+            for template in pod_templates(each):
+                pod = {"apiVersion": "v1", "kind": "Pod"} | template
+                validate.validate(pod, kube.rpartition(".")[0], strict=True)
             continue
         # a version that this kind is not known in raises too: nothing is only warned of
         validate.validate(each, kube.rpartition(".")[0], strict=True)
         checked += 1
     assert checked >= 12
+
+
+def pod_templates(custom: dict) -> list[dict]:
+    """Of a RayCluster: its schema leaves them to that of pods."""
+    spec = custom["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if "headGroupSpec" in spec else []
+    return [group["template"] for group in groups]
 
 
 def test_a_misspelt_field_of_an_object_is_found() -> None:
@@ -55,7 +65,8 @@ def test_a_misspelt_field_of_an_object_is_found() -> None:
 def test_every_kind_is_rendered_and_a_misspelt_field_of_a_custom_one_is_found() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     rendered = render(*VALUE_SETS["everything"])
-    assert set(CUSTOM) - {"ServiceMonitor"} <= {each["kind"] for each in rendered.objects}
+    shown = {each["kind"] for each in rendered.objects}
+    assert set(CUSTOM) - {"ServiceMonitor", "RayCluster"} <= shown
     scaled = rendered.of("ScaledObject")[0]
     broken = scaled | {"spec": scaled["spec"] | {"minReplicas": 1}}
     with pytest.raises(jsonschema.ValidationError, match="minReplicas"):
@@ -83,6 +94,22 @@ def test_the_generated_files_are_current() -> None:
         ("gateway.resources.limits.cpu=two", "cpu"),
         ("roles.prefill.replicas=1,roles.decode.replicas=0", "prefill pods alone"),
         ("roles.unified.replicas=0", "no pod to serve the model"),
+        ("ray.enabeld=true", "enabeld"),
+        ("ray.coordinator.options.orphan=1", "orphan"),
+        ("ray.coordinator.options.listen=x", "listen"),
+        ("ray.kuberay.enabled=true", "set ray.enabled too"),
+        ("ray.enabled=true,discovery=kubernetes", "the coordinator says where pods are"),
+        (
+            "ray.enabled=true,ray.kuberay.enabled=true,cluster.tls.enabled=true",
+            "pods of a RayCluster have none",
+        ),
+        ("ray.enabled=true,roles.unified.options.log_level=debug", "for all roles"),
+        ("ray.enabled=true,roles.unified.transfer.kv_lease_s=4", "for all roles"),
+        (
+            "ray.enabled=true,roles.unified.autoscaling.enabled=true,"
+            "roles.unified.autoscaling.maxReplicas=2",
+            "a fixed number of pods",
+        ),
         ("gateway.httpRoute.enabled=true", "parentRefs"),
         ("gateway.inferencePool.enabled=true", "endpointPicker"),
         (

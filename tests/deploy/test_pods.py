@@ -107,9 +107,7 @@ def metric(release: LocalRelease, pod: LocalPod, pattern: str) -> float:
     """A worker's or a gateway's sample whose name and labels match."""
     secret, port = ("api-key", "http") if pod.role == "gateway" else ("cluster-token", "status")
     token = release.secret(f"{RELEASE}-quire-{secret}", secret)
-    page = httpx2.get(
-        pod.url(port, "/metrics"), headers={"Authorization": f"Bearer {token}"}
-    ).text
+    page = httpx2.get(pod.url(port, "/metrics"), headers={"Authorization": f"Bearer {token}"}).text
     found = re.search(rf"^{pattern} (\S+)$", page, re.M)
     assert found, page[:2000]
     return float(found.group(1))

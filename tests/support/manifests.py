@@ -61,6 +61,13 @@ class Render:
     def pods(self) -> list[tuple[str, dict]]:
         """(name, pod template) of every pod there is, the test's too."""
         templates = [(w["metadata"]["name"], w["spec"]["template"]) for w in self.workloads]
+        for cluster in self.of("RayCluster"):
+            name, spec = cluster["metadata"]["name"], cluster["spec"]
+            templates.append((f"{name}-coordinator", spec["headGroupSpec"]["template"]))
+            templates += [
+                (f"{name}-{group['groupName']}", group["template"])
+                for group in spec["workerGroupSpecs"]
+            ]
         return templates + [(p["metadata"]["name"], p) for p in self.of("Pod")]
 
 
