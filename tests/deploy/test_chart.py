@@ -6,18 +6,24 @@ import base64
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
-from manifests import CHART, EXAMPLES, RELEASE, VALUE_SETS, helm, render, tool
+from manifests import (
+    CHART,
+    CUSTOM,
+    EXAMPLES,
+    RELEASE,
+    VALUE_SETS,
+    helm,
+    pod_templates,
+    render,
+    tool,
+)
 
 from quire.cli.chart.__main__ import files
 
 KUBE_VERSIONS = ("1.28.0", "1.33.0", "1.37.0")
-SCHEMAS = Path(__file__).parent / "schemas"
-CUSTOM = {path.stem: json.loads(path.read_text()) for path in SCHEMAS.glob("*.json")}
-"""Kinds that are no part of Kubernetes, by the schemas kept here."""
 
 
 @pytest.mark.parametrize("name", VALUE_SETS)
@@ -45,13 +51,6 @@ def test_every_object_is_valid(name, kube) -> None:
         validate.validate(each, kube.rpartition(".")[0], strict=True)
         checked += 1
     assert checked >= 12
-
-
-def pod_templates(custom: dict) -> list[dict]:
-    """Of a RayCluster: its schema leaves them to that of pods."""
-    spec = custom["spec"]
-    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if "headGroupSpec" in spec else []
-    return [group["template"] for group in groups]
 
 
 def test_a_misspelt_field_of_an_object_is_found() -> None:
