@@ -14,6 +14,8 @@ import yaml
 from local_pods import ENTRYPOINT
 from manifests import CHART, CUSTOM, ROOT, helm, pod_templates, tool
 
+from quire.config.engine import EngineConfig
+
 RAY = ROOT / "deploy" / "ray"
 SERVERLESS = ROOT / "deploy" / "serverless"
 
@@ -83,7 +85,8 @@ def test_the_modal_example_starts_a_server_that_quire_understands(monkeypatch) -
     made = runpy.run_path(str(SERVERLESS / "modal_app.py"))
     dumped = yaml.safe_load(understood(made["COMMAND"]))
     assert modal.calls["web_server"]["port"] == dumped["port"]
-    assert modal.calls["concurrent"]["max_inputs"] == dumped["max_num_seqs"]
+    taken = dumped.get("max_num_seqs", EngineConfig().max_num_seqs)
+    assert modal.calls["concurrent"]["max_inputs"] == taken
     assert made["serve"].__name__ == "serve"
 
 

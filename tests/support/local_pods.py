@@ -8,6 +8,7 @@ root is to be had, names stay, and so does /tmp: each pod has its own, as its ho
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import re
 import signal
@@ -193,8 +194,11 @@ class LocalPod:
         return self.process.wait(grace - (time.monotonic() - began))
 
     def kill(self) -> None:
+        """End it and all it has started, in whatever session."""
         if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            for pid in [self.process.pid, *_descendants(self.process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.wait(10)
 
 
@@ -264,6 +268,16 @@ class LocalRelease:
     def __exit__(self, *_: object) -> None:
         for pod in self.pods.values():
             pod.kill()
+
+
+def _descendants(pid: int) -> list[int]:
+    """Its children, and theirs."""
+    found = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, listed.read_text().split()):
+                found += [child, *_descendants(child)]
+    return found
 
 
 def _names(pod: LocalPod) -> list[str]:
