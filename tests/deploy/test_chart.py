@@ -94,6 +94,12 @@ def test_the_generated_files_are_current() -> None:
         ("roles.prefill.replicas=1,roles.decode.replicas=0", "prefill pods alone"),
         ("roles.unified.replicas=0", "no pod to serve the model"),
         ("ray.enabeld=true", "enabeld"),
+        ("engine.workload=DaemonSet", "workload"),
+        ("engine.workload=Deployment", "needs discovery kubernetes"),
+        (
+            "engine.workload=Deployment,discovery=kubernetes,cluster.tls.enabled=true",
+            "goes without cluster.tls",
+        ),
         ("ray.coordinator.options.orphan=1", "orphan"),
         ("ray.coordinator.options.listen=x", "listen"),
         ("ray.kuberay.enabled=true", "set ray.enabled too"),
@@ -194,7 +200,10 @@ def test_a_role_overrides_what_all_have() -> None:
 
 def test_scaled_pods_are_known_by_name_beforehand() -> None:
     path = next(path for path in EXAMPLES if path.stem == "autoscaled")
-    config = render(path).named("ConfigMap", f"{RELEASE}-quire-gateway")["data"]["gateway.yaml"]
+    sets = ("discovery=static", "roles.decode.workload=StatefulSet")
+    config = render(path, sets=sets).named("ConfigMap", f"{RELEASE}-quire-gateway")["data"][
+        "gateway.yaml"
+    ]
     assert len(yaml.safe_load(config)["worker"]) == 4 + 8
 
 

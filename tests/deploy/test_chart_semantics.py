@@ -165,11 +165,19 @@ def test_secrets_exist_with_their_keys_and_are_no_arguments(rendered) -> None:
 
 def test_accounts_exist_and_who_asks_kubernetes_may(rendered) -> None:
     asks = "kubernetes_service:" in rendered.text
+    slices = {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"],
+              "verbs": ["list", "watch"]}  # fmt: skip
+    costs = {"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]}
     for role in rendered.of("Role"):
-        assert role["rules"] == [
-            {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"],
-             "verbs": ["list", "watch"]}
-        ]  # fmt: skip
+        own = role["metadata"]["name"].endswith("-router")
+        assert role["rules"] == [costs if own else slices]
+        assert not own or "deletion_cost: true" in rendered.text
+    for binding in rendered.of("RoleBinding"):
+        if binding["roleRef"]["name"].endswith("-router"):
+            (subject,) = binding["subjects"]
+            users = [p["metadata"]["labels"][COMPONENT] for _, p in rendered.pods
+                     if p["spec"]["serviceAccountName"] == subject["name"]]  # fmt: skip
+            assert users == ["router"], "nobody else may change pods"
     for binding in rendered.of("RoleBinding"):
         assert rendered.named("Role", binding["roleRef"]["name"])
         for subject in binding["subjects"]:
@@ -210,7 +218,7 @@ def test_a_pod_has_time_to_drain(rendered) -> None:
         draining = drain_s(rendered, name)
         assert draining or name.endswith(("-router", "-coordinator", "-test"))
         assert draining == 0 or spec["terminationGracePeriodSeconds"] >= waited + draining + 10
-    gateway = next(w for w in rendered.workloads if w["kind"] == "Deployment")
+    gateway = next(w for w in rendered.workloads if w["metadata"]["name"].endswith("-gateway"))
     assert "preStop" in gateway["spec"]["template"]["spec"]["containers"][0]["lifecycle"]
 
 

@@ -53,6 +53,21 @@ app.kubernetes.io/part-of: quire
 {{- end -}}
 {{- end -}}
 
+{{- /* "true" where routers tell Kubernetes which pods to delete first. */ -}}
+{{- define "quire.tellsCosts" -}}
+{{- if .Values.router.enabled -}}
+{{- range $role, $pool := include "quire.pools" . | fromYaml -}}
+{{- if eq $pool.workload "Deployment" }}true{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Who may patch pods is nobody but routers. */ -}}
+{{- define "quire.routerAccount" -}}
+{{- include "quire.serviceAccount" . -}}
+{{- if and .Values.serviceAccount.create (include "quire.tellsCosts" .) }}-router{{ end -}}
+{{- end -}}
+
 {{- /* Image of a flavour; call with (dict "root" $ "flavour" "gateway"). */ -}}
 {{- define "quire.image" -}}
 {{- $image := .root.Values.image -}}
@@ -134,6 +149,11 @@ engine, with replicas and the highest number of them worked out.
 {{- if and $.Values.ray.enabled $scaled -}}
 {{- fail (printf "roles.%s.autoscaling: with ray.enabled the coordinator keeps one engine in each of a fixed number of pods: give roles.%s.replicas" $role $role) -}}
 {{- end -}}
+{{- if eq $settings.workload "Deployment" -}}
+{{- if or (ne $.Values.discovery "kubernetes") $.Values.cluster.tls.enabled $.Values.ray.enabled -}}
+{{- fail (printf "roles.%s.workload: pods of a Deployment have no names: it needs discovery kubernetes, and goes without cluster.tls and ray" $role) -}}
+{{- end -}}
+{{- end -}}
 {{- $_ := set $settings "replicas" ($replicas | int) -}}
 {{- $_ := set $settings "most" ($most | int) -}}
 {{- $_ := set $settings "scaled" (ternary true false (eq $scaled true)) -}}
@@ -179,7 +199,7 @@ kubernetes_service:
 
 {{- /* Settings of a pod that every component has; call with (dict "root" $ "component" c "settings" s). */ -}}
 {{- define "quire.podSettings" -}}
-serviceAccountName: {{ include "quire.serviceAccount" .root }}
+serviceAccountName: {{ include (ternary "quire.routerAccount" "quire.serviceAccount" (eq .component "router")) .root }}
 automountServiceAccountToken: {{ and (eq .root.Values.discovery "kubernetes") (has .component (list "gateway" "router")) }}
 enableServiceLinks: false
 {{- with .root.Values.image.pullSecrets }}

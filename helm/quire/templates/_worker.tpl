@@ -86,7 +86,7 @@ spec:
         - worker
         - --config=/etc/quire/worker.yaml
         - --worker-name=$(POD_NAME)
-        - --advertise=$(POD_NAME).{{ include "quire.domain" . }}:9000
+        - --advertise={{ ternary (printf "$(POD_NAME).%s" (include "quire.domain" .)) "$(POD_IP)" (eq $pool.workload "StatefulSet") }}:9000
         {{- end }}
       env:
         - name: POD_NAME
@@ -103,6 +103,10 @@ spec:
         {{- include "quire.rayEnv" .root | nindent 8 }}
         {{- else }}
         {{- include "quire.tokenEnv" .root | nindent 8 }}
+        {{- if eq $pool.workload "Deployment" }}
+        - name: POD_IP
+          valueFrom: {fieldRef: {fieldPath: status.podIP}}
+        {{- end }}
         {{- end }}
         {{- include "quire.env" .root | nindent 8 }}
         {{- with $pool.env }}

@@ -130,6 +130,11 @@ def _worker_settings() -> dict[str, Schema]:
         ),
         "env": many("Environment variables of the container.", free(K8S)),
         "drainSeconds": whole("Time for requests in progress when a pod ends.", 1),
+        "workload": text(
+            "What makes the pods. A Deployment takes the idlest first when it scales down, by what "
+            "routers tell Kubernetes; its pods have no names, so it needs discovery kubernetes.",
+            "StatefulSet", "Deployment",
+        ),
         "resources": _resources(),
         "rdma": block(
             "Network cards that write into memory, for kv_transports [nixl, ...].",
