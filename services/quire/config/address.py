@@ -24,6 +24,12 @@ def check_address(address: str) -> None:
         raise ValueError("unix: needs a path behind it")
 
 
+def check_port(what: str, port: int) -> None:
+    """Raises ValueError when there is no such port; 0 is one."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"{what} must be between 0 and 65535, not {port}")
+
+
 def host_of(address: str) -> str | None:
     """Host of a TCP address, None for a Unix socket. Raises ValueError."""
     return None if address.startswith(UNIX) else split_address(address)[0]

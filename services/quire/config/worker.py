@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quire.config.address import check_address
+from quire.config.address import check_address, check_port
 from quire.config.base import check_fields
 from quire.config.option import option
 
@@ -43,5 +43,4 @@ def check_listen(listen: str, http_port: int) -> None:
         check_address(listen)
     except ValueError as error:
         raise ValueError(f"listen: {error}") from None
-    if not 0 <= http_port <= 65535:
-        raise ValueError(f"http_port must be between 0 and 65535, not {http_port}")
+    check_port("http_port", http_port)

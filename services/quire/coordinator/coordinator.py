@@ -48,6 +48,10 @@ class Refused(Exception):
     """A request that cannot be granted; the message says what to change."""
 
 
+class NoRoom(Refused):
+    """The nodes that there are do not hold every replica."""
+
+
 class Deposed(Exception):
     """Another coordinator has taken over."""
 
@@ -306,7 +310,10 @@ class Coordinator:
             await asyncio.sleep(LEAVE_S)
         try:
             await self._cluster.stop(pod, self.term)
-            drain_s = max(model.engine.drain_timeout_s for model in self.fleet.models)
+            drain_s = max(
+                self.fleet.model_of(name).engine_of(name).drain_timeout_s
+                for name in self.fleet.pools
+            )
             async with asyncio.timeout(drain_s + STOP_GRACE_S):
                 while not await self._cluster.is_stopped(pod):  # noqa: ASYNC110 - is a call
                     await asyncio.sleep(STOP_POLL_S)
@@ -361,11 +368,11 @@ class Coordinator:
         await asyncio.gather(*(self._drain(pod.address) for pod in self.topology.pods))
 
     async def _check_room(self, numbers: Mapping[str, int]) -> None:
-        """Raises Refused when the cluster has no room, or a node has not got a model."""
+        """Raises NoRoom, and Refused when a node has not got a model."""
         nodes = await self._cluster.nodes()
         lacking = capacity.shortage(nodes, assignments.demands(self.fleet, numbers))
         if lacking is not None:
-            raise Refused(lacking)
+            raise NoRoom(lacking)
         try:
             paths = list(assignments.model_paths(self.fleet))
         except ValueError as error:

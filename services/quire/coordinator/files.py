@@ -69,7 +69,7 @@ def engine_folder(fleet: str, pod: str) -> Path:
 
     Raises OSError when it belongs to somebody else.
     """
-    base = Path(tempfile.gettempdir()) / f"quire-{os.getuid()}"
+    base = _base()
     base.mkdir(mode=0o700, exist_ok=True)
     about = base.lstat()
     if about.st_uid != os.getuid() or about.st_mode & 0o077 or base.is_symlink():
@@ -77,6 +77,15 @@ def engine_folder(fleet: str, pod: str) -> Path:
     folder = base / fleet / pod
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def engine_folders() -> list[Path]:
+    """Folders of all engines that were ever started by this user on this host."""
+    return sorted(path.parent for path in _base().glob(f"*/*/{ENGINE}"))
+
+
+def _base() -> Path:
+    return Path(tempfile.gettempdir()) / f"quire-{os.getuid()}"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quire.coordinator.capacity import Node
-from quire.coordinator.joining import RayError, own_address, why_not_connected
+from quire.coordinator.joining import (
+    NODE_NAME,
+    OBJECT_STORE_BYTES,
+    RayError,
+    own_address,
+    why_not_connected,
+)
 from quire.coordinator.supervisor import Report, StaleTerm, Supervisor
 
 if TYPE_CHECKING:
@@ -39,8 +45,6 @@ HEAD_TIMEOUT_S = 8.0
 REPORT_TIMEOUT_S = 2.0
 COMMAND_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 60.0
-OBJECT_STORE_BYTES = 80_000_000
-"""Ray's least is 75 MB; nothing is kept there."""
 
 
 class HeadAway(RayError):
@@ -309,7 +313,8 @@ class SupervisorActor(Supervisor):
         import ray
 
         util: Any = ray.util
-        super().__init__(assignment, str(util.get_node_ip_address()))
+        known_as = os.environ.get(NODE_NAME, "")  # the raylet's own environment is ours too
+        super().__init__(assignment, str(util.get_node_ip_address()), known_as)
 
 
 def _nodes() -> list[Node]:

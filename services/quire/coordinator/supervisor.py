@@ -28,6 +28,7 @@ from quire.cluster.rpc import Cluster
 from quire.config.address import split_address
 from quire.config.cluster import ClusterConfig
 from quire.coordinator import engine_process, files
+from quire.coordinator.back_off import LONGEST_DELAY_S, next_delay_s
 from quire.coordinator.reconcile import State
 from quire.proto import worker_pb2
 from quire.proto.worker_pb2_grpc import WorkerStub
@@ -43,8 +44,6 @@ logger = logging.getLogger(__name__)
 WATCH_S = 0.1
 """Between two looks at the engine's process."""
 PROBE_S, PROBE_TIMEOUT_S = 0.5, 2.0
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
-CALM_S = 60.0
 KILL_GRACE_S = 5.0
 """On top of its own drain timeout, for an engine that was told to end."""
 COMMAND_TIMEOUT_S = 5.0
@@ -93,20 +92,18 @@ class Report:
     adopted: bool = False
 
 
-def next_delay_s(delay_s: float, was_ready_s: float) -> float:
-    """Back-off before the next start, after an engine that was ready for `was_ready_s`."""
-    if was_ready_s >= CALM_S:
-        return FIRST_DELAY_S
-    return min(max(2 * delay_s, FIRST_DELAY_S), LONGEST_DELAY_S)
-
-
 class Supervisor:
     """Starts its work at once, in a thread of its own. All methods from any thread."""
 
-    def __init__(self, assignment: Assignment, node_host: str = "127.0.0.1") -> None:
-        """Raises OSError when the engine's folder cannot be used."""
+    def __init__(
+        self, assignment: Assignment, node_host: str = "127.0.0.1", known_as: str = ""
+    ) -> None:
+        """`node_host` is this host's address, `known_as` a name under which others reach it.
+
+        Raises OSError when the engine's folder cannot be used.
+        """
         self._assignment = assignment
-        self._host = assignment.host or node_host
+        self._host = assignment.host or known_as or node_host
         self._folder: Path = files.engine_folder(assignment.fleet, assignment.pod)
         self._term = assignment.term
         self._cluster = Cluster(ClusterConfig(**assignment.cluster))
