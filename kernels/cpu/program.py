@@ -163,8 +163,8 @@ class Program:
         self._handle = self._library.quire_program_create(
             target.team.handle, cache, lib.DTYPE_CODES[layout.dtype], self._limits
         )
-        destroy = (_destroy, self._library, self._handle, target.team)
-        weakref.finalize(self, *destroy).atexit = False
+        finalizer = weakref.finalize(self, _destroy, self._library, self._handle, target.team)
+        finalizer.atexit = False
         for op in ops:
             if self._library.quire_program_add(self._handle, op):
                 raise ValueError("all attentions of a program need one ratio of query to KV heads")

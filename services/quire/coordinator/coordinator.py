@@ -17,6 +17,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from quire.config.address import ANY_HOST
 from quire.coordinator import assignments, capacity
 from quire.coordinator.joining import RayError
 from quire.coordinator.placement import HeadAway, Room, Unreachable
@@ -40,7 +41,6 @@ LEADER_S = 2.0
 LEAVE_S = 0.7
 """Between leaving the topology and draining: requests move while the engine hands out blocks."""
 STOP_POLL_S = 0.2
-ANY_HOST = ("0.0.0.0", "::")
 STOP_GRACE_S = 10.0
 
 
