@@ -1,7 +1,7 @@
 """A replica of two ranks on two hosts of a Ray cluster, beside one whose ranks share a host.
 
-Slow, needs root for network namespaces: `pytest -m slow -s tests/integration/test_ray_rank_hosts.py`
-prints times to recover. The tests use one cluster in the order below.
+Slow, needs root: `pytest -m slow -s tests/integration/test_ray_rank_hosts.py`
+prints times to recover. One cluster in the order below.
 """
 
 from __future__ import annotations
