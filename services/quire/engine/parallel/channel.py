@@ -74,14 +74,19 @@ class Channel:
     def over(
         cls, sock: socket.socket, context: ssl.SSLContext | None, *, is_dialler: bool
     ) -> Channel:
-        """With TLS where there is a context. Raises OSError when the handshake fails."""
+        """With TLS where there is a context. Raises OSError when the handshake fails; the socket is
+        closed then."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHABLE_S * 1000)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, UNREACHABLE_S // 2)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-        tls = None if context is None else TlsStream(sock, context, server=not is_dialler)
-        return cls(sock, tls)
+        try:
+            tls = None if context is None else TlsStream(sock, context, server=not is_dialler)
+            return cls(sock, tls)
+        except OSError:
+            sock.close()
+            raise
 
     @property
     def has_pending(self) -> bool:

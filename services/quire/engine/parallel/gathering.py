@@ -103,8 +103,7 @@ class Gathering:
         try:
             channel = Channel.over(sock, self._tls, is_dialler=False)
         except OSError:
-            sock.close()  # whoever it was
-            return
+            return  # whoever it was
         hello = greeting.receive(channel, self._secret_of)
         if hello is None:
             logger.warning("turned %s away: it is not a rank of this engine", channel.peer)

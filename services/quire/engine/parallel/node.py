@@ -101,8 +101,7 @@ def _meet(spread: Spread, number: int, stopping: Stopping) -> tuple[Channel, str
         try:
             sock = socket.create_connection((spread.host, spread.port), CONNECT_S)
             channel = Channel.over(sock, tls, is_dialler=True)
-            token = spread.cluster.cluster_token or ""
-            return channel, greeting.introduce(channel, token, node=number)
+            return channel, _introduce(channel, spread.cluster.cluster_token or "", number)
         except (OSError, EOFError, ValueError) as error:
             if time.monotonic() - reminded > REMIND_S:
                 reminded = time.monotonic()
@@ -110,6 +109,14 @@ def _meet(spread: Spread, number: int, stopping: Stopping) -> tuple[Channel, str
                 logger.warning("host %d waits for rank 0 at %s: %s", number, where, error)
         time.sleep(RETRY_S)
     return None
+
+
+def _introduce(channel: Channel, token: str, number: int) -> str:
+    try:
+        return greeting.introduce(channel, token, node=number)
+    except BaseException:
+        channel.close()
+        raise
 
 
 def _start(
