@@ -146,7 +146,7 @@ class Host:
 
 
 def _plain() -> dict[str, str]:
-    names = ("PATH", "HOME", "LANG", "VIRTUAL_ENV")
+    names = ("PATH", "HOME", "LANG", "VIRTUAL_ENV", "PYTHONPATH")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
