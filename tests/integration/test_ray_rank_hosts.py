@@ -9,11 +9,10 @@ from __future__ import annotations
 import time
 
 import pytest
-from http_load import BODY, Load
+from http_load import Load
 from ray_fleet import fleet_file, gateway, pool, running_fleet
 from ray_hosts import can_make_namespaces, command_line, resident_bytes, wait_until
-
-from quire import LLM, SamplingParams
+from server import running_server
 
 pytestmark = [
     pytest.mark.slow,
@@ -65,13 +64,10 @@ def test_a_rank_runs_on_each_host_and_tokens_are_those_of_one_process(fleet, url
         print(f"{name}: {resident_bytes(pid) / 1e6:.0f} MB  {command_line(pid)[:80]}")
     print(f"start {pod.startup_s:.1f} s, both hosts {pod.resident_bytes / 1e6:.0f} MB")
     assert pod.resident_bytes > resident_bytes(pod.pid) + resident_bytes(rank)
-    llm = LLM("demo", dtype="float32", max_model_len=512, kv_cache_memory_bytes=32 << 20)
-    for seed in range(3):
-        params = SamplingParams(
-            max_tokens=BODY["max_tokens"], temperature=BODY["temperature"], seed=seed
-        )
-        [want] = llm.generate([BODY["prompt"]], params)
-        assert Load(url).stream(seed) == want.outputs[0].text
+    with running_server("--dtype", "float32", "--max-model-len", "512") as server:
+        one = Load(f"http://127.0.0.1:{server.port}")
+        for seed in range(5):
+            assert Load(url).stream(seed) == one.stream(seed)
 
 
 def test_a_killed_rank_of_another_host_costs_no_request(both, url) -> None:
