@@ -206,19 +206,6 @@ class CpuOps(Packer):
         size = self._group.size
         return self._address(parts.array), size, parts.columns // size
 
-    def _record_parts(
-        self,
-        kind: type[lib.SumPartsArgs | lib.JoinColumnsArgs],
-        parts: Buffer,
-        out: Buffer,
-        *,
-        accumulate: bool = False,
-    ) -> None:
-        size = self._group.size
-        address = self._address(parts.array)
-        args = kind(address, size, parts.columns // size, out.matrix, accumulate)
-        self._record(args, parts.domain)
-
     def rope_and_cache(
         self,
         qkv: Buffer,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 
 UNIX = "unix:"
+ANY_HOST = ("0.0.0.0", "::")
+"""To listen on every address of this host."""
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -93,7 +93,7 @@ class PoolConfig:
     cpus: float = option(1.0, "pool")
     """CPUs of a replica, all its ranks together."""
     gpus: int = option(0, "pool")
-    """GPUs of a replica, all its ranks together; they are on one host."""
+    """GPUs of a replica, all its ranks together. One that no host can hold goes over several."""
     node_label: str = option("", "pool")
     """KEY=VALUE that a node must be labelled with, see `ray start --labels`; any node if empty."""
     port: int = option(0, "pool")

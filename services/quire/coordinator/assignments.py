@@ -22,10 +22,13 @@ _CLUSTER = ("cluster_token", "cluster_tls_cert", "cluster_tls_key", "cluster_tls
 
 def demands(fleet: Fleet, replicas: Mapping[str, int]) -> list[Demand]:
     """What the pools need, with these numbers of replicas."""
-    return [
-        Demand(name, replicas[name], pool.cpus, pool.gpus, pool.labels)
-        for name, pool in fleet.pools.items()
-    ]
+    return [demand(fleet, pool, replicas[name]) for name, pool in fleet.pools.items()]
+
+
+def demand(fleet: Fleet, pool: PoolConfig, replicas: int) -> Demand:
+    """What a pool needs, with this number of replicas."""
+    ranks = fleet.model_of(pool.name).engine.tensor_parallel_size
+    return Demand(pool.name, replicas, pool.cpus, pool.gpus, pool.labels, ranks)
 
 
 def wanted(fleet: Fleet, replicas: Mapping[str, int], roles: Mapping[str, str]) -> list[Wanted]:

@@ -17,9 +17,10 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from quire.config.address import ANY_HOST
 from quire.coordinator import assignments, capacity
 from quire.coordinator.joining import RayError
-from quire.coordinator.placement import HeadAway, Room, Unreachable
+from quire.coordinator.placement import HeadAway, Unreachable
 from quire.coordinator.reconcile import Place, Seen, SetRole, State, Stop, decide
 from quire.coordinator.replica import Replica
 from quire.coordinator.supervisor import StaleTerm
@@ -40,7 +41,6 @@ LEADER_S = 2.0
 LEAVE_S = 0.7
 """Between leaving the topology and draining: requests move while the engine hands out blocks."""
 STOP_POLL_S = 0.2
-ANY_HOST = ("0.0.0.0", "::")
 STOP_GRACE_S = 10.0
 
 
@@ -296,8 +296,11 @@ class Coordinator:
         pool = assignments.pool_of(self.fleet, pod)
         if want is None or pool is None:
             return
-        room = Room.of(pool, self._record.hosts.get(pod, ""))
-        await self._cluster.place(assignments.assignment(self.fleet, want, self.term), room)
+        await self._cluster.place(
+            assignments.assignment(self.fleet, want, self.term),
+            assignments.demand(self.fleet, pool, 1),
+            near=self._record.hosts.get(pod, ""),
+        )
 
     async def _set_role(self, pod: str, role: str) -> None:
         await self._cluster.set_role(pod, self.term, role)

@@ -8,9 +8,9 @@ asyncio works too, with one more copy. TLS by the loop.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from typing import TYPE_CHECKING, cast
 
+from quire.cluster.tls import tls_context
 from quire.transfer.frames import FrameError
 
 if TYPE_CHECKING:
@@ -162,19 +162,3 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not port.isdigit():
         raise OSError(f"{address!r} is not host:port")
     return host.strip("[]"), int(port)
-
-
-def tls_context(config: TransferConfig, *, server: bool) -> ssl.SSLContext | None:
-    """Mutual TLS under the cluster's authority, None without certificates.
-
-    Names are not checked: a pod is who holds a certificate of the cluster's authority, at whatever
-    address. Raises OSError when a file cannot be read.
-    """
-    if config.cluster_tls_cert is None:
-        return None
-    purpose = ssl.Purpose.CLIENT_AUTH if server else ssl.Purpose.SERVER_AUTH
-    context = ssl.create_default_context(purpose, cafile=config.cluster_tls_ca)
-    context.load_cert_chain(config.cluster_tls_cert, config.cluster_tls_key)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_REQUIRED
-    return context

@@ -147,7 +147,7 @@ def gang_ranks(gang: Gang) -> Ranks:
     """The endpoints of the other ranks of a tensor-parallel engine."""
     from quire.engine.parallel.kv import GangRanks
 
-    return GangRanks(gang)
+    return GangRanks(gang.calls)
 
 
 class _Events:

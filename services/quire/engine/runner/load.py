@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from quire.config.engine import EngineConfig
     from quire.engine.parallel.gang import Gang
+    from quire.engine.parallel.spread import Spread
     from quire.kernels.group import Group
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,10 @@ class ModelChoice:
     max_model_len: int
     limits: StepLimits
 
+    def fingerprint(self) -> bytes:
+        """Of the files: equal on every host that has the same."""
+        return fingerprint(self.folder, self.dtype)
+
 
 @dataclass(frozen=True)
 class LoadedRank:
@@ -104,8 +109,9 @@ class LoadedRank:
     device: str
 
 
-def load_model(config: EngineConfig, report: Report) -> LoadedModel:
+def load_model(config: EngineConfig, report: Report, spread: Spread | None = None) -> LoadedModel:
     """Load the model that `config` names; with tensor parallelism, start the other ranks first.
+    `spread`: over other hosts than this one too.
 
     Raises ValueError (and its kinds ModelNotFound, UnsupportedModel, KvCacheTooSmall) with one
     line that says what to change, RankFailed (a RuntimeError) when another rank is lost.
@@ -115,13 +121,14 @@ def load_model(config: EngineConfig, report: Report) -> LoadedModel:
     if config.tensor_parallel_size == 1:
         return loaded_model(choice, load_rank(choice, Place(), report))
     from quire.engine.parallel.gang import Gang
+    from quire.engine.parallel.gathering import Plan
     from quire.engine.parallel.runner import ParallelRunner
 
-    size = config.tensor_parallel_size
-    report(Startup("ranks", f"{size} processes"))
-    gang = Gang.start(replace(config, model=str(choice.folder)))
+    size, nodes = config.tensor_parallel_size, spread.nodes if spread is not None else 1
+    report(Startup("ranks", f"{size} processes" + (f" on {nodes} hosts" if nodes > 1 else "")))
+    gang = Gang.start(Plan(config, choice.folder, choice.fingerprint().hex()), spread)
     try:
-        rank = load_rank(choice, Place(gang.join(), 0, size), report)
+        rank = load_rank(choice, Place(gang.join(), 0, size // nodes), report)
         gang.loaded()
     except Exception as error:
         gang.give_up(error)
@@ -136,7 +143,7 @@ def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
         config=choice.config,
         runner=rank.runner,
         folder=choice.folder,
-        fingerprint=fingerprint(choice.folder, choice.dtype),
+        fingerprint=choice.fingerprint(),
         max_model_len=choice.max_model_len,
         dtype=choice.dtype,
         device=rank.device,
@@ -238,10 +245,11 @@ def _backend(choice: ModelChoice, place: Place, device: str) -> Backend:
 
 def _num_threads(config: EngineConfig, place: Place) -> int | None:
     """This rank's share of the threads; None for one per CPU."""
+    if config.num_threads is not None:
+        return max(1, config.num_threads // place.group.size)
     if place.local_size == 1:
-        return config.num_threads
-    threads = config.num_threads or len(os.sched_getaffinity(0))
-    return max(1, threads // place.local_size)
+        return None
+    return max(1, len(os.sched_getaffinity(0)) // place.local_size)
 
 
 def _load_weights(choice: ModelChoice, place: Place, backend: Backend, report: Report) -> Llama:
