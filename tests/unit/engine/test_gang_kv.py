@@ -7,6 +7,7 @@ import json
 import pytest
 from transfers import LAYOUT, config
 
+from quire.engine.parallel.calls import Calls
 from quire.engine.parallel.kv import GangRanks
 from quire.transfer.layout import Shard
 from quire.transfer.negotiate import Identity, Peer
@@ -22,9 +23,7 @@ class Gang:
     def __init__(self) -> None:
         self.error: str | None = None
         self.told: list[tuple[int, dict]] = []
-
-    def hear(self, on_kv) -> None:
-        self.on_kv = on_kv
+        self.calls = Calls(self.tell)
 
     def tell(self, rank: int, payload: bytes) -> None:
         message = json.loads(payload)
@@ -38,7 +37,7 @@ class Gang:
                 answer["result"] = peer.to_proto().SerializeToString().hex()
             else:
                 answer["result"] = None
-            self.on_kv(rank, json.dumps(answer).encode())
+            self.calls.hear(rank, json.dumps(answer).encode())
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def gang() -> Gang:
 
 
 def started(gang: Gang) -> tuple[GangRanks, list]:
-    ranks, events = GangRanks(gang), []
+    ranks, events = GangRanks(gang.calls), []
     peers = ranks.start(config(), IDENTITY, lambda rank, event: events.append((rank, event)))
     assert [peer.listeners for peer in peers] == [(("tcp", "here:1"),), (("tcp", "here:2"),)]
     return ranks, events
@@ -57,7 +56,7 @@ def test_an_answer_that_comes_before_the_call_has_returned(gang) -> None:
     ranks, _ = started(gang)
     ranks.fence((1, REF), 1.0)
     assert gang.told[-1][1]["verb"] == "fence"
-    assert not ranks._calls
+    assert not gang.calls._open
 
 
 def test_a_rank_that_cannot_is_an_error_here(gang) -> None:
@@ -69,5 +68,5 @@ def test_a_rank_that_cannot_is_an_error_here(gang) -> None:
 
 def test_events_come_with_their_rank(gang) -> None:
     _, events = started(gang)
-    gang.on_kv(2, json.dumps({"ref": REF, "event": ["ended", "lost", "gone", None]}).encode())
+    gang.calls.hear(2, json.dumps({"ref": REF, "event": ["ended", "lost", "gone", None]}).encode())
     assert events == [(2, Ended(REF, Failure.LOST, "gone"))]
