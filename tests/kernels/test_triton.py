@@ -244,7 +244,8 @@ COMPILE = """
     import triton, triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
-    from quire.kernels.triton import attention, decode_plan, rms_norm, rope_cache, silu_mul
+    from quire.kernels.triton import attention, decode_plan, int_matmul, rms_norm, rope_cache
+    from quire.kernels.triton import sample, silu_mul
 
     def build(kernel, consts, pointers, floats=()):
         names = kernel.arg_names
@@ -286,6 +287,21 @@ COMPILE = """
         dict(x_ptr="fp32", product_ptr="bf16", weight_ptr="bf16", out_ptr="bf16"),
         ["eps"],
     )
+    draws = dict(logits_ptr="fp32", draws_ptr="i32", largest_ptr="fp32")
+    parts = dict(PARTS=32, BLOCK=1024)
+    best = dict(best_ptr="fp32", token_ptr="i32")
+    build(sample._largest_kernel, parts, draws)
+    build(sample._score_kernel, parts, draws | best)
+    build(sample._choose_kernel, dict(PARTS=32), dict(largest_ptr="fp32", out_ptr="i32") | best)
+    weight = dict(words_ptr="i32", scales_ptr="bf16", zeros_ptr="bf16", out_ptr="bf16")
+    for bits, group, has_zeros in ((4, 128, False), (4, 32, True), (8, 64, True)):
+        kind = dict(BITS=bits, GROUP=group, HAS_ZEROS=has_zeros)
+        build(
+            int_matmul._int_matmul_kernel,
+            kind | dict(HAS_BIAS=True, OPERAND=tl.bfloat16, SPLIT=4, BLOCK_M=16, BLOCK_N=64),
+            weight | dict(x_ptr="bf16", bias_ptr="bf16", partial_ptr="fp32", counters_ptr="i32"),
+        )
+        build(int_matmul._dequantize_kernel, kind | dict(BLOCK=1024), weight)
     build(silu_mul._silu_mul_kernel, dict(BLOCK=1024), dict(gate_up_ptr="bf16", out_ptr="bf16"))
     build(
         decode_plan._decode_plan_kernel,

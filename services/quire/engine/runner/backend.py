@@ -158,6 +158,8 @@ class TorchBackend:
         self.layout = kv_layout(model, dtype, KvOrder.PLAIN, group)
         self.device = torch.device(device)
         self.device_type = self.device.type
+        if self.device_type == "cuda":
+            torch.cuda.set_device(self.device)  # kernels and events go where this thread points
         self.ops = TorchOps(self.layout, 1, device, group=group)
         self._fetch = Fetch(self.device)
         self._model: Llama | None = None

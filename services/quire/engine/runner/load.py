@@ -133,11 +133,13 @@ def load_model(config: EngineConfig, report: Report) -> LoadedModel:
 
 def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
     """What the engine is given, with the model's fingerprint, which rank 0 alone needs."""
+    options = choice.options
+    dummy_seed = options.seed if options.load_format == "dummy" else None
     return LoadedModel(
         config=choice.config,
         runner=rank.runner,
         folder=choice.folder,
-        fingerprint=fingerprint(choice.folder, choice.dtype),
+        fingerprint=fingerprint(choice.folder, choice.dtype, dummy_seed),
         max_model_len=choice.max_model_len,
         dtype=choice.dtype,
         device=rank.device,
