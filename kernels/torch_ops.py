@@ -18,10 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from quire.kernels import torch_sampler
 from quire.kernels.group import ALONE, part_of
 from quire.kernels.layout import BLOCK_SIZE, KvLayout, KvOrder
 from quire.kernels.ops import Rope
 from quire.kernels.reference import LayerCache, cache_slots, norm_and_rotate
+from quire.kernels.staging import Staging
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from quire.kernels.group import Group
     from quire.kernels.ops import AttentionShape, StepInputs
     from quire.kernels.reference import QkNorms
+    from quire.kernels.sampling import SamplingBatch
 
 LOGIT_CHUNK = 1 << 20
 """Weights converted to float32 at a time for logits on CPU: what stays in a core's cache."""
@@ -52,20 +55,22 @@ class PackedTable(PackedLinear):
 
 @dataclass(frozen=True)
 class Step:
-    """The arrays of one step: int32 and int64 on the device, and the originals for host loops."""
+    """The arrays of one step: int32 on the device, and the originals for what the host decides."""
 
-    inputs: StepInputs
+    inputs: StepInputs | None
+    """None where the arrays are static buffers, whose values are not known when a graph is captured
+    over them: then every sequence has one row."""
     token_ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
-    block: torch.Tensor  # [T] int64, block of the pool each row is written to
-    slot: torch.Tensor  # [T] int64, slot in that block
+    block: torch.Tensor  # [T] block of the pool each row is written to
+    slot: torch.Tensor  # [T] slot in that block
     logit_rows: torch.Tensor  # [R]
     block_tables: torch.Tensor  # [S, B]
     plans: dict[object, object] = field(default_factory=dict)
     """What the kernels derive from the arrays once per step and share between layers."""
 
     @classmethod
-    def of(cls, inputs: StepInputs, device: torch.device) -> Step:
+    def of(cls, inputs: StepInputs, staging: Staging) -> Step:
         """Move the arrays in one transfer; the views below are slices of it."""
         _, block, slot = cache_slots(inputs)
         parts = [
@@ -74,20 +79,32 @@ class Step:
             block,
             slot,
             inputs.logit_rows,
-            inputs.block_tables.reshape(-1),
+            inputs.block_tables,
         ]
-        flat = torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device)
-        sizes = [part.size for part in parts]
-        tokens, positions, blocks, slots, logit_rows, tables = torch.split(flat, sizes)
-        return cls(
-            inputs,
-            tokens,
-            positions,
-            blocks.long(),
-            slots.long(),
-            logit_rows,
-            tables.view(inputs.block_tables.shape),
-        )
+        tokens, positions, blocks, slots, logit_rows, tables = staging.put(parts)
+        return cls(inputs, tokens, positions, blocks, slots, logit_rows, tables)
+
+    @property
+    def host(self) -> StepInputs:
+        """The originals. Raises RuntimeError on a step over static buffers."""
+        if self.inputs is None:
+            raise RuntimeError("these kernels read the step on the host: they cannot be captured")
+        return self.inputs
+
+
+@dataclass
+class Residual:
+    """The residual stream, and a product that the next norm adds to it while it reads both."""
+
+    stream: torch.Tensor  # [rows, H] float32
+    product: torch.Tensor | None = None  # [rows, H]
+
+    def settle(self) -> torch.Tensor:
+        """The stream with the product in it."""
+        if self.product is not None:
+            self.stream += self.product
+            self.product = None
+        return self.stream
 
 
 @dataclass(frozen=True)
@@ -103,9 +120,12 @@ class StepKernels(Protocol):
     """The operations with a hand-written form on some device."""
 
     def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+        self, x: Residual, weight: torch.Tensor, eps: float, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Normalise the last dimension in float32; result in `dtype`."""
+        """Settle x, and normalise it in float32; result [rows, H] in `dtype`."""
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [rows, 2 I], gate first: [rows, I]."""
 
     def rope_and_cache(
         self, qkv: torch.Tensor, cache: LayerCache, step: Step, rule: HeadRule
@@ -116,6 +136,9 @@ class StepKernels(Protocol):
         self, q: torch.Tensor, cache: LayerCache, step: Step, shape: AttentionShape
     ) -> torch.Tensor:
         """Attention of q [T, nh, hd] over the cache: [T, nh, hd]."""
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch, staging: Staging) -> torch.Tensor:
+        """Draw tokens of logits [R, V]: int32 [2, N], token and whether there was none to draw."""
 
 
 def step_kernels(use_triton: bool) -> StepKernels:
@@ -156,6 +179,7 @@ class TorchOps:
             (num_blocks, *layout.block_shape), dtype=self.dtype, device=self.device
         )
         self.device = self.pool.device  # with its index
+        self.staging = Staging(self.device)
         self._step: Step | None = None
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -211,7 +235,11 @@ class TorchOps:
 
     def begin(self, inputs: StepInputs) -> None:
         """Start a step: put its arrays on the device."""
-        self._step = Step.of(inputs, self.device)
+        self._step = Step.of(inputs, self.staging)
+
+    def begin_static(self, step: Step) -> None:
+        """Start a step over arrays that are on the device already."""
+        self._step = step
 
     def copy_blocks(self, pairs: np.ndarray) -> None:
         """Copy blocks, pairs [n, 2] of (source, destination), as if one after the other."""
@@ -221,32 +249,32 @@ class TorchOps:
         for part in torch.split(index, 1) if is_chained else (index,):
             self.pool[part[:, 1]] = self.pool[part[:, 0]]
 
-    def embed(self, table: PackedTable) -> torch.Tensor:
+    def embed(self, table: PackedTable) -> Residual:
         """Rows of the table for the step's tokens: float32 [T, H]."""
         if self.group.size == 1:
-            return F.embedding(self.step.token_ids, table.weight).float()
+            return Residual(F.embedding(self.step.token_ids, table.weight).float())
         ids = self.step.token_ids - table.first
         is_own = (ids >= 0) & (ids < len(table.weight))
         own = F.embedding(ids.where(is_own, 0), table.weight)
-        return self.group.sum(own.where(is_own[:, None], 0.0))
+        return Residual(self.group.sum(own.where(is_own[:, None], 0.0)))
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Normalise the last dimension in float32; result in the model's dtype."""
+    def rms_norm(self, x: Residual, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Normalise the residual stream in float32; result [rows, H] in the model's dtype."""
         return self.kernels.rms_norm(x, self._here(weight), eps, self.dtype)
 
     def linear(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
         """x [rows, K] @ w.T + bias: [rows, N]."""
         return F.linear(x, w.weight, w.bias)
 
-    def linear_add(self, x: torch.Tensor, w: PackedLinear, residual: torch.Tensor) -> torch.Tensor:
-        """Add x @ w.T + bias to the float32 residual [rows, N], in place."""
+    def linear_add(self, x: torch.Tensor, w: PackedLinear, residual: Residual) -> Residual:
+        """Add x @ w.T + bias to the residual [rows, N]: when the next norm reads it."""
         product = F.linear(x, w.weight, w.bias)
-        return residual.add_(product if self.group.size == 1 else self.group.sum(product))
+        whole = product if self.group.size == 1 else self.group.sum(product)
+        return Residual(residual.settle(), whole)
 
     def gate_up_silu(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
         """silu(x @ gate.T) * (x @ up.T): [rows, I]."""
-        gate, up = F.linear(x, w.weight).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return self.kernels.silu_mul(F.linear(x, w.weight))
 
     def rope_and_cache(
         self,
@@ -269,9 +297,10 @@ class TorchOps:
     def _cache(self, layer: int) -> LayerCache:
         return LayerCache(self.pool, self.layout, layer)
 
-    def take_logit_rows(self, x: torch.Tensor) -> torch.Tensor:
+    def take_logit_rows(self, x: Residual) -> Residual:
         """The rows whose logits are wanted: [R, H]."""
-        return x[self.step.logit_rows]
+        rows = self.step.logit_rows
+        return Residual(x.stream[rows], None if x.product is None else x.product[rows])
 
     def logits(self, x: torch.Tensor, w: PackedTable) -> torch.Tensor:
         """x [R, H] @ w.T in float32: [R, V]; on ranks beyond the first this rank's columns."""
@@ -295,10 +324,16 @@ class TorchKernels:
     """The fallback: vectorised torch, one sequence at a time in attention."""
 
     def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+        self, x: Residual, weight: torch.Tensor, eps: float, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Normalise the last dimension in float32; result in `dtype`."""
-        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(dtype)
+        """Settle x, and normalise it in float32; result [rows, H] in `dtype`."""
+        stream = x.settle()
+        return F.rms_norm(stream, stream.shape[-1:], weight.float(), eps).to(dtype)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [rows, 2 I], gate first: [rows, I]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
     def rope_and_cache(
         self, qkv: torch.Tensor, cache: LayerCache, step: Step, rule: HeadRule
@@ -309,8 +344,9 @@ class TorchKernels:
         tiles = cache.pool[:, :, cache.layer].view(
             cache.pool.shape[0], -1, 2, cache.layout.block_size, cache.layout.head_dim
         )
-        tiles[step.block, :, 0, step.slot] = k.to(tiles.dtype)
-        tiles[step.block, :, 1, step.slot] = v.to(tiles.dtype)
+        block, slot = step.block.long(), step.slot.long()
+        tiles[block, :, 0, slot] = k.to(tiles.dtype)
+        tiles[block, :, 1, slot] = v.to(tiles.dtype)
         return q.to(qkv.dtype)
 
     def attention(
@@ -318,7 +354,7 @@ class TorchKernels:
     ) -> torch.Tensor:
         """Attention of q [T, nh, hd] over the cache by torch's fused kernel: [T, nh, hd]."""
         out = torch.empty_like(q)
-        inputs = step.inputs
+        inputs = step.host
         for s, length in enumerate(inputs.context_lens.tolist()):
             rows = slice(int(inputs.query_start[s]), int(inputs.query_start[s + 1]))
             queries = range(length - (rows.stop - rows.start), length)
@@ -339,6 +375,10 @@ class TorchKernels:
                 enable_gqa=shape.num_heads != shape.num_kv_heads,
             )[0].transpose(0, 1)
         return out
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch, staging: Staging) -> torch.Tensor:
+        """Draw tokens of logits [R, V]: int32 [2, N], token and whether there was none to draw."""
+        return torch_sampler.draw(logits, batch)
 
 
 def _visible(

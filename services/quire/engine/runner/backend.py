@@ -19,6 +19,7 @@ from quire.kernels.cpu import KV_ORDERS, CpuOps, StepLimits, Team, alloc_pool
 from quire.kernels.cpu.sampler import CpuSampler
 from quire.kernels.group import ALONE
 from quire.kernels.layout import KvLayout, KvOrder
+from quire.kernels.staging import Fetch
 from quire.kernels.torch_ops import TorchOps
 from quire.transfer.layout import Shard, heads_of
 from quire.transfer.memory import HostMemory
@@ -178,13 +179,19 @@ class TorchBackend:
         self.layout = kv_layout(model, dtype, KvOrder.PLAIN, group)
         self.device = torch.device(device)
         self.device_type = self.device.type
+        if self.device_type == "cuda":
+            torch.cuda.set_device(self.device)  # kernels and events go where this thread points
         self.ops = TorchOps(self.layout, 1, device, group=group)
+        self._fetch = Fetch(self.device)
         self._model: Llama | None = None
 
     def allocate(self, model: Llama, num_blocks: int) -> None:
         """Give the backend a zeroed pool."""
         self._model = model
         del self.ops.pool  # before the new one is made
+        if self.device_type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
         shape = (num_blocks, *self.layout.block_shape)
         self.ops.pool = torch.zeros(shape, dtype=self.ops.dtype, device=self.device)
 
@@ -227,9 +234,9 @@ class TorchBackend:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:
         """Draw tokens: [N] int32, and [N] bool for draws without a finite logit."""
-        invalid = torch.zeros(len(batch.rows), dtype=torch.bool, device=logits.device)
-        tokens = torch_sampler.sample(logits, batch, invalid)
-        return tokens.cpu().numpy(), invalid.cpu().numpy()
+        drawn = self.ops.kernels.sample(logits, batch, self.ops.staging)
+        tokens, invalid = self._fetch(drawn)
+        return tokens, invalid.astype(np.bool_)
 
     @torch.inference_mode()
     def logprobs(
@@ -242,9 +249,11 @@ class TorchBackend:
     def memory_bytes(self) -> tuple[int, int]:
         """(available, total) memory of the device."""
         if self.device_type == "cuda":
+            peak = torch.cuda.max_memory_reserved(self.device)
             torch.cuda.empty_cache()
             available, total = torch.cuda.mem_get_info(self.device)
-            return available, total
+            # what the largest step so far needed for a while, it will need again
+            return available - (peak - torch.cuda.memory_reserved(self.device)), total
         available = available_host_bytes()
         return available, available
 

@@ -19,6 +19,7 @@ from quire.engine.models.weights import DummyWeights, SafetensorsWeights
 from quire.engine.request import BLOCK_SIZE
 from quire.engine.runner import memory
 from quire.engine.runner.backend import Backend, CpuBackend, StepLimits, TorchBackend
+from quire.engine.runner.cuda import CudaBackend
 from quire.engine.runner.runner import ModelRunner, largest_step
 from quire.kernels.cpu import CpuKernelsUnavailable
 from quire.kernels.group import ALONE
@@ -97,8 +98,9 @@ class ModelChoice:
     limits: StepLimits
 
     def fingerprint(self) -> bytes:
-        """Of the files: equal on every host that has the same."""
-        return fingerprint(self.folder, self.dtype)
+        """Of the files, or of the random weights: equal on every host that has the same."""
+        dummy_seed = self.options.seed if self.options.load_format == "dummy" else None
+        return fingerprint(self.folder, self.dtype, dummy_seed)
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,10 @@ def _limits(config: EngineConfig, max_model_len: int) -> StepLimits:
 
 
 def _backend(choice: ModelChoice, place: Place, device: str) -> Backend:
-    """The compiled kernels on a CPU, unless they are missing or single operations are asked for."""
+    """Recorded steps, unless single operations are asked for or the CPU's kernels are missing."""
     config, model, dtype = choice.options, choice.config, choice.dtype
+    if device != "cpu" and not config.enforce_eager:
+        return CudaBackend(model, dtype, device, choice.limits, place.group)
     num_threads = _num_threads(config, place)
     if device == "cpu" and not config.enforce_eager:
         try:
