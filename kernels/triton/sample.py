@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from quire.kernels.sampling import SamplingBatch
     from quire.kernels.staging import Staging
 
-PARTS = 32
-"""Programs per row; a power of two."""
+MAX_PARTS = 32
+"""Programs per row, at most; a power of two."""
 BLOCK = 1024
 """Logits per turn of a program; a power of two."""
 
@@ -88,6 +88,8 @@ def _score_kernel(
     choice = tl.load(draws_ptr + 4 * num_draws + draw).to(tl.uint32, bitcast=True)
     position = tl.load(draws_ptr + 5 * num_draws + draw).to(tl.uint32, bitcast=True)
     largest = tl.max(tl.load(largest_ptr + draw * PARTS + tl.arange(0, PARTS)), 0)
+    # without any candidate: -inf - -inf would be NaN
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
 
     # one Philox call gives the noise of four consecutive tokens
     lane = tl.arange(0, BLOCK // 4)
@@ -108,8 +110,7 @@ def _score_kernel(
             if temperature == 0.0:
                 score = x
             else:
-                score = tl.div_rn(x - largest, temperature) + _gumbel(words[word])
-                score = tl.where(score == score, score, float("-inf"))
+                score = tl.div_rn(x - shift, temperature) + _gumbel(words[word])
             is_better = score > best
             best = tl.where(is_better, score, best)
             best_token = tl.where(is_better, token, best_token)
@@ -158,15 +159,16 @@ def draw(logits: torch.Tensor, batch: SamplingBatch, staging: Staging) -> torch.
         batch.position.view(np.int32),
     )
     [draws] = staging.put([np.stack(fields)])
-    turns = triton.cdiv(vocabulary, PARTS * BLOCK)
-    largest, best = logits.new_empty((2, num_draws, PARTS), dtype=torch.float32)
-    tokens = torch.empty((num_draws, PARTS), dtype=torch.int32, device=logits.device)
+    parts = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(vocabulary, BLOCK)))
+    turns = triton.cdiv(vocabulary, parts * BLOCK)
+    largest, best = logits.new_empty((2, num_draws, parts), dtype=torch.float32)
+    tokens = torch.empty((num_draws, parts), dtype=torch.int32, device=logits.device)
     out = torch.empty((2, num_draws), dtype=torch.int32, device=logits.device)
     sizes = (vocabulary, turns, logits.stride(0))
-    grid = (num_draws, PARTS)
-    _largest_kernel[grid](logits, draws, largest, *sizes, PARTS=PARTS, BLOCK=BLOCK)
+    grid = (num_draws, parts)
+    _largest_kernel[grid](logits, draws, largest, *sizes, PARTS=parts, BLOCK=BLOCK)
     _score_kernel[grid](
-        logits, draws, largest, best, tokens, num_draws, *sizes, PARTS=PARTS, BLOCK=BLOCK
+        logits, draws, largest, best, tokens, num_draws, *sizes, PARTS=parts, BLOCK=BLOCK
     )
-    _choose_kernel[(num_draws,)](largest, best, tokens, out, num_draws, PARTS=PARTS, num_warps=1)
+    _choose_kernel[(num_draws,)](largest, best, tokens, out, num_draws, PARTS=parts, num_warps=1)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +19,7 @@ from quire.cli.bench.throughput import measure_quire
 from quire.config.engine import EngineConfig
 from quire.engine.models.llama import weight_shapes
 from quire.kernels.timing import seconds
+from quire.kernels.triton.tune import decode_step
 from quire.llm import LLM
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from loadtest.gpu.figures import DecodeModel, Sizes
     from quire.engine.models.config import ModelConfig
-    from quire.kernels.ops import StepInputs
 
 INPUT_LEN = 128
 BF16_BYTES = 2
@@ -58,36 +58,16 @@ def decode(sizes: Sizes, model: DecodeModel, folder: Path, bytes_per_s: float) -
         how = StepConfig(
             batch_size=(batch_size,), input_len=INPUT_LEN, output_len=sizes.decode_tokens
         )
-        seen = _SeenStep(llm)
         step_s = measure(llm, how, batch_size, seed=0)["step_us"] / 1e6
-        seen.detach()
         yield Figure(name + "time between tokens", 1e3 * step_s, "ms")
         if batch_size == 1:
             wanted = f">= {model.wanted_share:g}"
             yield Figure(name + "weights over bandwidth, of it", bound / step_s, "", wanted)
-        backend, inputs = llm.engine.runner.backend, seen.inputs
+        backend, inputs = llm.engine.runner.backend, decode_step([longest - 1] * batch_size)
         model_s = seconds(lambda b=backend, i=inputs: b.compute(i), torch.device(sizes.device))  # type: ignore[misc]
         yield Figure(name + "outside the model", 1 - model_s / step_s, "", "<= 0.03")
     del llm
     gc.collect()
-
-
-class _SeenStep:
-    """Keeps the last decode step that an engine computes."""
-
-    def __init__(self, llm: LLM) -> None:
-        self.inputs: StepInputs
-        self._backend = llm.engine.runner.backend
-        compute = self._backend.compute
-
-        def keep(inputs: StepInputs) -> Any:
-            self.inputs = inputs
-            return compute(inputs)
-
-        setattr(self._backend, "compute", keep)  # noqa: B010 - mypy allows no assignment to a method
-
-    def detach(self) -> None:
-        del self._backend.compute
 
 
 def throughput(sizes: Sizes, folder: Path) -> Iterator[Figure]:
