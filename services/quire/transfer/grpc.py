@@ -19,7 +19,8 @@ import grpc
 from quire.proto import transfer_pb2
 from quire.transfer.base import Unreachable
 from quire.transfer.frames import HEADER_BYTES, MAX_BODY_BYTES, FrameError
-from quire.transfer.tcp import join_address
+from quire.transfer.layout import FRAME_BYTES
+from quire.transfer.sockets import join_address
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -44,6 +45,8 @@ Stream = Any
 
 class GrpcChannel:
     """One Push stream, either side of it."""
+
+    frame_bytes = FRAME_BYTES
 
     def __init__(self, stream: Stream, end: Callable[[], object]) -> None:
         self._stream = stream

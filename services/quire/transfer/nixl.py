@@ -213,6 +213,8 @@ def _trailer(target: Target, slot: int) -> tuple[int, int]:
 class NixlChannel:
     """A tcp channel whose payloads take the other way."""
 
+    frame_bytes = FRAME_BYTES
+
     def __init__(self, inner: TcpChannel, transport: NixlTransport) -> None:
         self._inner = inner
         self._transport = transport
@@ -359,15 +361,15 @@ class _Control:
         """A frame of control."""
         self._channel.on_control(header, body)
 
-    def lengths(self, header: Header, entries: Sequence[Entry]) -> list[int] | None:
+    def places(self, header: Header, entries: Sequence[Entry]) -> list[memoryview] | None:
         """DATA belongs into a landing slot."""
         raise FrameError("data outside the landing slots")
 
-    def place(self, header: Header, entry: Entry) -> memoryview | None:
-        """Nowhere."""
-        return None
+    def holds(self) -> bool:
+        """No data, no places."""
+        return False
 
-    def landed(self, header: Header, entry: Entry, good: bool) -> None:
+    def landed(self, number: int) -> None:
         """Never."""
 
     def finished(self, header: Header) -> None:

@@ -104,6 +104,11 @@ class ReceivingTransfer:
         self._damaged: dict[tuple[int, int, int], int] = {}
 
     @property
+    def is_live(self) -> bool:
+        """Blocks may be bound and filled."""
+        return self.state in (ReceivingState.PROMISED, ReceivingState.RECEIVING)
+
+    @property
     def is_over(self) -> bool:
         """Nothing is held and nothing will be said any more."""
         return self.state in (ReceivingState.COMMITTED, ReceivingState.FAILED)

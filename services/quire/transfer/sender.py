@@ -21,11 +21,12 @@ from quire.transfer.frames import (
     Header,
     Kind,
     checksum,
+    header_of,
     pack,
     pack_entries,
     unpack_entries,
 )
-from quire.transfer.layout import FRAME_BYTES, Span, pieces
+from quire.transfer.layout import Span, pieces
 from quire.transfer.link import DialledLink, Outgoing
 from quire.transfer.receiver import read_refusal, write_refusal
 from quire.transfer.sending import Piece, SendingTransfer
@@ -137,14 +138,13 @@ class Sender:
         for departing in list(self._departing.values()):
             self.do(departing, departing.machine.expire(now))
             if keep and departing.machine.is_live and departing.link is not None:
-                departing.link.post(_header(Kind.KEEP, departing.machine.ref))
+                departing.link.post(header_of(Kind.KEEP, departing.machine.ref))
 
     # ---- links
 
     def on_frame(self, header: Header, body: bytes) -> None:
         """GRANT, COMMITTED, FAIL, FENCED or KEEP."""
-        ref = TransferRef(header.transfer, header.epoch, header.incarnation)
-        departing = self._departing.get(ref)
+        departing = self._departing.get(header.ref)
         if departing is None:
             return  # ended here while the frame was on its way
         machine, now = departing.machine, self._node.clock()
@@ -251,7 +251,7 @@ class SendingLink(DialledLink):
 
     def _data(self, departing: Departing) -> Outgoing:
         machine, memory = departing.machine, self.node.memory
-        taken = machine.take(FRAME_BYTES, MAX_ENTRIES)
+        taken = machine.take(self.frame_bytes, MAX_ENTRIES)
         views, entries = [], []
         for (block, piece), slot in taken:
             part = departing.parts[piece]
@@ -267,7 +267,9 @@ class SendingLink(DialledLink):
         self._unacked_bytes += num_bytes
         self.flow.num_bytes += num_bytes
         table = pack_entries(entries)
-        header = _header(Kind.DATA, machine.ref)._replace(
+        header = header_of(
+            Kind.DATA,
+            machine.ref,
             rank=self.node.identity.shard.rank,
             length=len(table) + num_bytes,
             num=len(entries),
@@ -309,7 +311,8 @@ class SendingLink(DialledLink):
         good = [piece for piece in sent.pieces if piece not in damaged]
         self.flow.damaged_pieces += len(damaged)
         self.sender.do(sent.departing, machine.acked(good, self.node.clock()))
-        self.sender.do(sent.departing, machine.damaged(damaged))
+        if damaged:
+            self.sender.do(sent.departing, machine.damaged(damaged))
 
     def _settle(self, sequence: int) -> _Sent | None:
         """The frame is answered: its bytes leave the window."""
@@ -322,21 +325,17 @@ class SendingLink(DialledLink):
         return sent
 
 
-def _header(kind: Kind, ref: TransferRef) -> Header:
-    return Header(kind, transfer=ref.transfer, incarnation=ref.incarnation, epoch=ref.epoch)
-
-
 def _say(link: SendingLink, ref: TransferRef, message: Message) -> None:
     match message:
         case Open():
-            link.post(_header(Kind.OPEN, ref))
+            link.post(header_of(Kind.OPEN, ref))
         case Committing(commit):
             body = transfer_pb2.KvCommit(
                 blocks=commit.blocks, tokens=commit.tokens, digest=commit.digest, meta=commit.meta,
                 bytes_per_s=int(link.flow.bytes_per_s),
             )  # fmt: skip
-            link.post(_header(Kind.COMMIT, ref), body.SerializeToString())
+            link.post(header_of(Kind.COMMIT, ref), body.SerializeToString())
         case Fail(failure, detail):
-            link.post(_header(Kind.FAIL, ref), write_refusal(failure, detail))
+            link.post(header_of(Kind.FAIL, ref), write_refusal(failure, detail))
         case _:
             raise TypeError(f"a sender does not say {message}")
