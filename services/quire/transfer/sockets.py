@@ -89,7 +89,6 @@ async def secured(
 async def _ready(add: Callable[..., None], remove: Callable[..., object], sock: object) -> None:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-
     def wake() -> None:
         if not future.done():
             future.set_result(None)
