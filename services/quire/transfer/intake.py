@@ -68,6 +68,13 @@ class Intake:
         self._discard = 0
         """Bytes of the frame still to be thrown away."""
 
+    @property
+    def missing(self) -> int:
+        """Bytes of the frame's pieces that are still to come; 0 where none are expected."""
+        if not self._places:
+            return self._discard
+        return sum(map(len, self._places[self._piece :])) - self._filled
+
     # ---- for sockets
 
     def buffers(self) -> list[memoryview]:

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 MAX_READS = 16
 """In a row; then the loop's other callbacks have their turn."""
+LOW_WATER_BYTES = 256 << 10
+"""In the middle of a frame the loop sleeps until so much has arrived."""
 RETRY_S = 0.5
 """Between two tries to accept, when the process has no descriptor left."""
 
@@ -57,6 +59,7 @@ class TcpChannel:
         self._leaving: list[memoryview] = []
         """What the kernel does not have yet."""
         self._flushed: asyncio.Future[None] | None = None
+        self._low_water = 0
 
     # ---- Channel
 
@@ -153,7 +156,16 @@ class TcpChannel:
             self._end("the peer ended the connection")
             return False
         self._intake.advance(count)
-        return count >= room
+        if count >= room:
+            return True
+        self._sleep_until(min(self._intake.missing, LOW_WATER_BYTES))
+        return False
+
+    def _sleep_until(self, num_bytes: int) -> None:
+        """Have the loop woken when so much has arrived, not for every packet."""
+        if num_bytes != self._low_water and not self._is_tls:
+            self._low_water = num_bytes
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(num_bytes, 1))
 
     def _end(self, why: str) -> None:
         if self._why:
