@@ -171,7 +171,7 @@ def test_nobody_at_the_address_is_said_within_the_connect_timeout():
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
-    """Files of a cluster's authority and one pod, and of a stranger's."""
+    """Files of a pod of a cluster's authority, of another with its own name only, of a stranger."""
     folder = tmp_path_factory.mktemp("tls")
 
     def openssl(*arguments):
@@ -183,21 +183,23 @@ def certificates(tmp_path_factory):
             "-keyout", f"{name}-ca.key", "-out", f"{name}-ca.pem", "-subj", f"/CN={name}",
             "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-days", "2",
         )  # fmt: skip
+    authorities = {"ours": "ours", "strangers": "strangers", "named": "ours"}
+    for name, authority in authorities.items():
         openssl(
             "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
             "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=pod",
-            "-addext", "subjectAltName=IP:127.0.0.1",
+            "-addext", "subjectAltName=" + ("DNS:d.pods" if name == "named" else "IP:127.0.0.1"),
         )  # fmt: skip
         openssl(
-            "x509", "-req", "-in", f"{name}.csr", "-CA", f"{name}-ca.pem", "-copy_extensions",
-            "copy", "-CAkey", f"{name}-ca.key", "-out", f"{name}.pem", "-days", "2",
+            "x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}-ca.pem", "-copy_extensions",
+            "copy", "-CAkey", f"{authority}-ca.key", "-out", f"{name}.pem", "-days", "2",
         )  # fmt: skip
 
     def files(name):
         return {
             "cluster_tls_cert": str(folder / f"{name}.pem"),
             "cluster_tls_key": str(folder / f"{name}.key"),
-            "cluster_tls_ca": str(folder / f"{name}-ca.pem"),
+            "cluster_tls_ca": str(folder / f"{authorities[name]}-ca.pem"),
         }
 
     return files
@@ -223,3 +225,19 @@ def test_mutual_tls_carries_blocks_and_refuses_strangers(transport, certificates
         p.endpoint.commit(ref, blocks=10, tokens=160)
         assert d.ended(ref).failure is None
         assert (d.pool[:10] == p.pool[:10]).all()
+
+
+@pytest.mark.parametrize("transport", ["tcp", "grpc"])
+def test_a_certificate_for_another_name_than_was_dialled_is_refused(transport, certificates):
+    with (
+        Side(seed=1, **options(transport, **certificates("ours"), cluster_token="t")) as p,
+        Side(seed=2, **options(transport, **certificates("named"), cluster_token="t")) as d,
+    ):
+        p.endpoint.send(ref := d.endpoint.receive(1), d.peer)
+        assert p.ended(ref).failure is Failure.UNREACHABLE
+        d.endpoint.send(ref := p.endpoint.receive(1), p.peer)  # who dials may be at any address
+        p.endpoint.grant(ref, 0, [3])
+        d.endpoint.offer(ref, 0, [4])
+        d.endpoint.commit(ref, blocks=1, tokens=16)
+        assert d.ended(ref).failure is None
+        assert (p.pool[3] == d.pool[4]).all()

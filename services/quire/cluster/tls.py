@@ -14,18 +14,21 @@ if TYPE_CHECKING:
 READ_BYTES = 64 << 10
 
 
-def tls_context(config: ClusterConfig, *, server: bool) -> ssl.SSLContext | None:
+def tls_context(
+    config: ClusterConfig, *, server: bool, by_name: bool = False
+) -> ssl.SSLContext | None:
     """Mutual TLS under the cluster's authority, None without certificates.
 
-    Names are not checked: a pod is who holds a certificate of the cluster's authority, at whatever
-    address. Raises OSError when a file cannot be read.
+    `by_name`: who connects checks that the certificate is for the name or address that it dialled,
+    as gRPC does. Otherwise, and to who is connected to, a pod is who holds a certificate of the
+    authority, at whatever address. Raises OSError when a file cannot be read.
     """
     if config.cluster_tls_cert is None:
         return None
     purpose = ssl.Purpose.CLIENT_AUTH if server else ssl.Purpose.SERVER_AUTH
     context = ssl.create_default_context(purpose, cafile=config.cluster_tls_ca)
     context.load_cert_chain(config.cluster_tls_cert, config.cluster_tls_key)
-    context.check_hostname = False
+    context.check_hostname = by_name
     context.verify_mode = ssl.CERT_REQUIRED
     return context
 

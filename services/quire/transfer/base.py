@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 class Channel(Protocol):
     """One connection's bytes, in order, both ways. Lives on the endpoint's thread."""
 
+    frame_bytes: int
+    """Most payload of a DATA frame that suits it."""
+
     def start(self, intake: Intake, closed: Callable[[str], None]) -> None:
         """Deliver what arrives to the intake; `closed(why)` once when the connection has ended.
 

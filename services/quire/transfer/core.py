@@ -15,7 +15,8 @@ from quire.transfer.layout import share
 from quire.transfer.link import Link, LinkRefused
 from quire.transfer.negotiate import Peer, choose
 from quire.transfer.probe import Measurement, measure
-from quire.transfer.receiver import Receiver, ReceivingLink
+from quire.transfer.receiver import Receiver
+from quire.transfer.receiving_link import ReceivingLink
 from quire.transfer.sender import Sender, SendingLink
 from quire.transfer.state import Ended, Failure, TransferRef
 

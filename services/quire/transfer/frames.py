@@ -28,9 +28,12 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
+
+from quire.transfer.state import TransferRef
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -91,6 +94,18 @@ class Header(NamedTuple):
     body_sum: int = 0
     """Set by `pack`."""
 
+    @property
+    def ref(self) -> TransferRef:
+        """The transfer that it is of."""
+        return TransferRef(self.transfer, self.epoch, self.incarnation)
+
+
+def header_of(kind: Kind, ref: TransferRef, **fields: int) -> Header:
+    """The header of a frame of a transfer."""
+    return Header(
+        kind, transfer=ref.transfer, incarnation=ref.incarnation, epoch=ref.epoch, **fields
+    )
+
 
 class Entry(NamedTuple):
     """A piece of a block on the wire."""
@@ -139,14 +154,15 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
 
 def pack_entries(entries: Iterable[Entry]) -> bytes:
     """A table of pieces."""
-    return b"".join(_ENTRY.pack(*entry) for entry in entries)
+    fields = tuple(chain.from_iterable(entries))
+    return struct.pack("<" + "IIQ" * (len(fields) // 3), *fields)
 
 
 def unpack_entries(table: bytes | bytearray | memoryview) -> list[Entry]:
     """Pieces of a table. Raises FrameError when it is cut short."""
     if len(table) % ENTRY_BYTES:
         raise FrameError("a table of pieces is cut short")
-    return [Entry(*fields) for fields in _ENTRY.iter_unpack(table)]
+    return list(map(Entry._make, _ENTRY.iter_unpack(table)))
 
 
 def digest(entries: Iterable[Entry]) -> int:

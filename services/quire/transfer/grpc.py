@@ -11,6 +11,9 @@ stopped one as silence. Success is a confirmed COMMIT, silence is found by the l
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,7 @@ import grpc
 from quire.proto import transfer_pb2
 from quire.transfer.base import Unreachable
 from quire.transfer.frames import HEADER_BYTES, MAX_BODY_BYTES, FrameError
-from quire.transfer.tcp import join_address
+from quire.transfer.sockets import join_address
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -38,6 +41,9 @@ OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3)."""
+
 Stream = Any
 """A call (client) or a servicer context: both have async read() and write()."""
 
@@ -45,7 +51,11 @@ Stream = Any
 class GrpcChannel:
     """One Push stream, either side of it."""
 
+    frame_bytes = 512 << 10
+    """Its copies of a message stay in the second-level cache."""
+
     def __init__(self, stream: Stream, end: Callable[[], object]) -> None:
+        _keep_freed_memory()
         self._stream = stream
         self._end = end
         self._is_closed = asyncio.Event()
@@ -221,6 +231,20 @@ async def _connected(connection: grpc.aio.Channel) -> None:
         if state == grpc.ChannelConnectivity.TRANSIENT_FAILURE:
             raise Unreachable("no connection: nobody listens, or its certificate is refused")
         await connection.wait_for_state_change(state)
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let malloc use the memory of one message for the next.
+
+    gRPC allocates each message several times. By default glibc maps memory for every large one, or
+    trims the heap when it is freed, and the page faults cost more than the copies: 1.25 CPU seconds
+    per GB at the receiver, where it is 0.75 with this.
+    """
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _handlers(transport: GrpcTransport) -> grpc.GenericRpcHandler:

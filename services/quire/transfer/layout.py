@@ -27,7 +27,7 @@ WIRE_VERSION = 1
 """Version of the frames and of the block's order in memory. Raised when either changes."""
 
 FRAME_BYTES = 1 << 20
-"""Most payload of one frame; 1 MiB measured best on sockets and on gRPC."""
+"""Most payload of one frame, where a channel does not say otherwise."""
 
 PIECE_BYTES = 256 << 10
 """Largest part of a block with a checksum of its own: small enough to be in cache still when it is

@@ -80,6 +80,7 @@ class Link:
         self.why = ""
         """Why it closed."""
         self.node = node
+        self.frame_bytes = channel.frame_bytes
         self._channel = channel
         self._greetings: asyncio.Queue[tuple[Header, bytes]] = asyncio.Queue()
         self._control: deque[Outgoing] = deque()
@@ -203,15 +204,15 @@ class Link:
             except DecodeError as error:
                 raise FrameError("a message that cannot be read") from error
 
-    def lengths(self, header: Header, entries: Sequence[Entry]) -> list[int] | None:
+    def places(self, header: Header, entries: Sequence[Entry]) -> list[memoryview] | None:
         """DATA where none is expected."""
         raise FrameError("data from the wrong side, or before the greeting")
 
-    def place(self, header: Header, entry: Entry) -> memoryview | None:
-        """No data, no place."""
-        return None
+    def holds(self) -> bool:
+        """No data, no places."""
+        return False
 
-    def landed(self, header: Header, entry: Entry, good: bool) -> None:
+    def landed(self, number: int) -> None:
         """No data."""
 
     def finished(self, header: Header) -> None:
@@ -310,6 +311,11 @@ class _Heard(Intake):
         self._link = link
 
     def advance(self, count: int) -> None:
-        """`count` bytes were written into the last buffer."""
+        """`count` bytes were written into the last buffers."""
         self._link.heard()
         super().advance(count)
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """These bytes arrived."""
+        self._link.heard()
+        super().feed(data)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from quire.transfer.base import Unreachable
 from quire.transfer.frames import FrameError
+from quire.transfer.layout import FRAME_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ class LocalNetwork:
 
 class LocalChannel:
     """One side of a pair."""
+
+    frame_bytes = FRAME_BYTES
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.other: LocalChannel | None = None

@@ -26,6 +26,7 @@ from quire.transfer.base import Unreachable
 from quire.transfer.frames import HEADER_BYTES, Entry, FrameError, Header, Kind, pack, unpack
 from quire.transfer.intake import Intake
 from quire.transfer.landing import SLOT_BYTES, Quarantine, Slab
+from quire.transfer.layout import FRAME_BYTES
 from quire.transfer.nixl_agent import Agent, Target
 from quire.transfer.tcp import TcpChannel, TcpTransport
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 class NixlChannel:
     """A tcp channel whose payloads take the other way."""
+
+    frame_bytes = FRAME_BYTES
 
     def __init__(self, inner: TcpChannel, transport: NixlTransport) -> None:
         self._inner = inner
@@ -182,15 +185,15 @@ class _Control:
         """A frame of control."""
         self._channel.on_control(header, body)
 
-    def lengths(self, header: Header, entries: Sequence[Entry]) -> list[int] | None:
+    def places(self, header: Header, entries: Sequence[Entry]) -> list[memoryview] | None:
         """DATA belongs into a landing slot."""
         raise FrameError("data outside the landing slots")
 
-    def place(self, header: Header, entry: Entry) -> memoryview | None:
-        """Nowhere."""
-        return None
+    def holds(self) -> bool:
+        """No data, no places."""
+        return False
 
-    def landed(self, header: Header, entry: Entry, good: bool) -> None:
+    def landed(self, number: int) -> None:
         """Never."""
 
     def finished(self, header: Header) -> None:

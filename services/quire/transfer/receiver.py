@@ -1,4 +1,4 @@
-"""The receiving direction of an endpoint: its transfers, and the links that senders opened.
+"""The receiving direction of an endpoint: its transfers. Their frames come over `receiving_link`s.
 
 A frame of a transfer is looked up by all three parts of its reference before anything else is done
 with it. What is not found is fenced: thrown away unread, counted, and its sender told.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quire.proto import transfer_pb2
 from quire.transfer.flows import SUCCESS
-from quire.transfer.frames import Entry, FrameError, Header, Kind, pack_entries
+from quire.transfer.frames import Entry, FrameError, Header, Kind, header_of
 from quire.transfer.layout import Shard, Span, pieces, share, sources_of
-from quire.transfer.link import AcceptedLink
 from quire.transfer.receiving import ReceivingTransfer
 from quire.transfer.state import (
     Commit,
@@ -39,10 +38,10 @@ from quire.transfer.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from quire.transfer.base import Channel, Node
-    from quire.transfer.flows import Flow
+    from quire.transfer.base import Node
+    from quire.transfer.receiving_link import ReceivingLink
     from quire.transfer.state import Event
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ REMEMBERED = 4096
 
 
 @dataclass
-class _Incoming:
+class Incoming:
     """A transfer with what connects it to links."""
 
     machine: ReceivingTransfer
@@ -75,8 +74,8 @@ class Receiver:
     def __init__(self, node: Node, emit: Callable[[Event], None]) -> None:
         self._node = node
         self._emit = emit
-        self._incoming: dict[TransferRef, _Incoming] = {}
-        self._crowded: dict[TransferRef, _Incoming] = {}
+        self._incoming: dict[TransferRef, Incoming] = {}
+        self._crowded: dict[TransferRef, Incoming] = {}
         """Those with blocks that are ready and wait for a place, the first to get one first."""
         self._committed: OrderedDict[TransferRef, None] = OrderedDict()
         self._early: OrderedDict[tuple[ReceivingLink, TransferRef], Header] = OrderedDict()
@@ -100,7 +99,7 @@ class Receiver:
         legs = self._legs_from(degree or 1)
         lease = Lease(lease_s, self._node.clock())
         machine = ReceivingTransfer(ref, num_blocks, _counts(legs), lease)
-        self._incoming[ref] = _Incoming(machine, legs, is_learning=degree is None)
+        self._incoming[ref] = Incoming(machine, legs, is_learning=degree is None)
 
     def admit_early(self, ref: TransferRef) -> None:
         """A transfer is expected from now on: senders that were there before it open it."""
@@ -164,15 +163,15 @@ class Receiver:
             self._do(incoming, machine.expire(now))
             if keep and machine.is_live:
                 for link in incoming.links.values():
-                    link.post(_header(Kind.KEEP, machine.ref))
+                    link.post(header_of(Kind.KEEP, machine.ref))
                     for grant in machine.grants():
                         _say(link, machine.ref, grant)
 
     # ---- links
 
-    def find(self, header: Header) -> _Incoming | None:
+    def find(self, header: Header) -> Incoming | None:
         """The transfer that a frame is of; None when it must be fenced."""
-        return self._incoming.get(_ref_of(header))
+        return self._incoming.get(header.ref)
 
     def on_frame(self, link: ReceivingLink, header: Header, body: bytes) -> None:
         """OPEN, COMMIT, FAIL or KEEP."""
@@ -209,27 +208,23 @@ class Receiver:
     def fence(self, link: ReceivingLink, header: Header) -> None:
         """Count a frame that must have no effect, and tell its sender."""
         self._node.counters.fenced_frames += 1
-        reply = Header(
-            Kind.FENCED,
-            transfer=header.transfer,
-            incarnation=header.incarnation,
-            epoch=header.epoch,
-            sequence=header.sequence,
-        )
-        link.post(reply)
+        link.post(header_of(Kind.FENCED, header.ref, sequence=header.sequence))
 
-    def landed(self, incoming: _Incoming, link: ReceivingLink, entry: Entry, good: bool) -> None:
-        """A piece was written into its place."""
-        rank = link.peer_shard.rank
-        if good:
-            link.flow.num_bytes += incoming.legs[rank][entry.piece].length
-        else:
-            link.flow.damaged_pieces += 1
-        effects = incoming.machine.landed(rank, entry, good, self._node.clock())
-        for effect in effects:
-            if isinstance(effect, Reply) and isinstance(effect.message, Resend):
-                link.again.append(Entry(effect.message.block, effect.message.piece))
+    def landed(
+        self, incoming: Incoming, link: ReceivingLink, pieces: Iterable[tuple[Entry, bool]]
+    ) -> list[Entry]:
+        """Pieces were written into their places, and which are good; those to be sent again."""
+        rank, now = link.peer_shard.rank, self._node.clock()
+        parts, effects = incoming.legs[rank], []
+        for entry, good in pieces:
+            if good:
+                link.flow.num_bytes += parts[entry.piece].length
+            else:
+                link.flow.damaged_pieces += 1
+            effects += incoming.machine.landed(rank, entry, good, now)
+        messages = [effect.message for effect in effects if isinstance(effect, Reply)]
         self._do(incoming, effects)
+        return [Entry(m.block, m.piece) for m in messages if isinstance(m, Resend)]
 
     def lost(self, link: ReceivingLink) -> None:
         """A link ended."""
@@ -242,9 +237,9 @@ class Receiver:
     # ----
 
     def _on_unknown(self, link: ReceivingLink, header: Header) -> None:
-        ref = _ref_of(header)
+        ref = header.ref
         if header.kind == Kind.COMMIT and ref in self._committed:
-            link.post(_header(Kind.COMMITTED, ref))
+            link.post(header_of(Kind.COMMITTED, ref))
         elif header.kind == Kind.OPEN and self._node.identity.shard.rank:
             # Rank 0 made the reference: its word may take longer to get here than the sender's.
             self._early[link, ref] = header
@@ -252,21 +247,21 @@ class Receiver:
                 self._early.popitem(last=False)
         elif header.kind == Kind.KEEP and (link, ref) in self._early:
             self._early[link, ref] = self._early[link, ref]._replace(num=header.num)
-            link.post(_header(Kind.KEEP, ref))
+            link.post(header_of(Kind.KEEP, ref))
         elif header.kind != Kind.FAIL:
             self.fence(link, header)
 
-    def _do(self, incoming: _Incoming, effects: list[Effect]) -> None:
+    def _do(self, incoming: Incoming, effects: list[Effect]) -> None:
         """Carry out what the machine asks for, and what that makes room for."""
         self._carry_out(incoming, effects)
         self._find_places()
 
-    def _offered(self, incoming: _Incoming, rank: int, count: int) -> None:
+    def _offered(self, incoming: Incoming, rank: int, count: int) -> None:
         incoming.machine.offered(rank, count)
         self._crowded[incoming.machine.ref] = incoming
         self._find_places()
 
-    def _carry_out(self, incoming: _Incoming, effects: list[Effect]) -> None:
+    def _carry_out(self, incoming: Incoming, effects: list[Effect]) -> None:
         memory = self._node.memory
         for effect in effects:
             match effect:  # the most frequent first
@@ -282,7 +277,7 @@ class Receiver:
                 case Ended():
                     self._end(incoming, effect)
 
-    def _stored(self, incoming: _Incoming, block: int, error: Exception | None) -> None:
+    def _stored(self, incoming: Incoming, block: int, error: Exception | None) -> None:
         problem = "" if error is None else str(error) or type(error).__name__
         self._do(incoming, incoming.machine.stored(block, problem))
 
@@ -298,7 +293,7 @@ class Receiver:
                 return
             self._carry_out(incoming, machine.placed(places))
 
-    def _end(self, incoming: _Incoming, ended: Ended) -> None:
+    def _end(self, incoming: Incoming, ended: Ended) -> None:
         ref = incoming.machine.ref
         del self._incoming[ref]
         self._crowded.pop(ref, None)
@@ -314,113 +309,18 @@ class Receiver:
             done()
 
 
-class ReceivingLink(AcceptedLink):
-    """Frames from one sending rank."""
-
-    def __init__(self, channel: Channel, transport: str, node: Node, receiver: Receiver) -> None:
-        self._receiver = receiver
-        self.again: list[Entry] = []
-        """Pieces of the current frame that arrived damaged and shall be sent again."""
-        self._current: _Incoming | None = None
-        self._fenced = False
-        super().__init__(channel, transport, node)
-
-    def on_transfer_frame(self, header: Header, body: bytes) -> None:
-        """OPEN, COMMIT, FAIL, KEEP; an empty PROBE measures latency."""
-        if header.kind == Kind.PROBE:
-            self.post(Header(Kind.PROBED, sequence=header.sequence))
-        else:
-            self._receiver.on_frame(self, header, body)
-
-    @cached_property
-    def flow(self) -> Flow:
-        """What came over it, beside other links like it. Known after the greeting."""
-        return self.node.counters.flows.of("received", self.peer.worker, self.transport)
-
-    def on_lost(self) -> None:
-        """Every leg on this link is lost."""
-        self._receiver.lost(self)
-
-    # ---- FrameHandler, for DATA
-
-    def lengths(self, header: Header, entries: Sequence[Entry]) -> list[int] | None:
-        """Lengths of the pieces; None when the frame is fenced."""
-        if not self.is_ready:
-            raise FrameError("data before the greeting")
-        self.again = []
-        self._current = incoming = self._receiver.find(header)
-        rank = self.peer_shard.rank
-        if incoming is None or incoming.links.get(rank) is not self:
-            self._current, self._fenced = None, True
-            return None
-        parts = incoming.legs[rank]
-        if any(entry.piece >= len(parts) for entry in entries):
-            raise FrameError("a piece that the block does not have")
-        self._fenced = False
-        for entry in entries:
-            if incoming.machine.place(rank, entry.block, entry.piece) is None:
-                if incoming.machine.knows(rank, entry.block, entry.piece):
-                    self.node.counters.duplicate_pieces += 1
-                else:
-                    self._fenced = True
-        return [parts[entry.piece].length for entry in entries]
-
-    def place(self, header: Header, entry: Entry) -> memoryview | None:
-        """Where the piece may be written now."""
-        incoming, rank = self._current, self.peer_shard.rank
-        if incoming is None or incoming.links.get(rank) is not self:
-            return None
-        slot = incoming.machine.place(rank, entry.block, entry.piece)
-        if slot is None:
-            return None
-        part = incoming.legs[rank][entry.piece]
-        return self.node.memory.view(slot, part.destination, part.length)
-
-    def landed(self, header: Header, entry: Entry, good: bool) -> None:
-        """A piece was written into its place."""
-        if self._current is not None:
-            self._receiver.landed(self._current, self, entry, good)
-
-    def finished(self, header: Header) -> None:
-        """Acknowledge the frame: what is missing in `again` was verified."""
-        if header.kind != Kind.DATA:
-            super().finished(header)
-            return
-        if self._fenced or self._current is None or not self._current.machine.is_live:
-            self._receiver.fence(self, header)
-        else:
-            reply = Header(
-                Kind.ACK,
-                num=len(self.again),
-                transfer=header.transfer,
-                incarnation=header.incarnation,
-                epoch=header.epoch,
-                sequence=header.sequence,
-            )
-            self.post(reply, pack_entries(self.again))
-        self._current = None
-
-
 def _counts(legs: dict[int, tuple[Span, ...]]) -> dict[int, int]:
     return {rank: len(parts) for rank, parts in legs.items()}
-
-
-def _ref_of(header: Header) -> TransferRef:
-    return TransferRef(header.transfer, header.epoch, header.incarnation)
-
-
-def _header(kind: Kind, ref: TransferRef) -> Header:
-    return Header(kind, transfer=ref.transfer, incarnation=ref.incarnation, epoch=ref.epoch)
 
 
 def _say(link: ReceivingLink, ref: TransferRef, message: Message) -> None:
     match message:
         case Grant(first, count):
-            link.post(_header(Kind.GRANT, ref)._replace(first=first, num=count))
+            link.post(header_of(Kind.GRANT, ref, first=first, num=count))
         case Committed():
-            link.post(_header(Kind.COMMITTED, ref))
+            link.post(header_of(Kind.COMMITTED, ref))
         case Fail(failure, detail):
-            link.post(_header(Kind.FAIL, ref), write_refusal(failure, detail))
+            link.post(header_of(Kind.FAIL, ref), write_refusal(failure, detail))
         case _:
             pass  # Resend goes out with the frame's ACK
 

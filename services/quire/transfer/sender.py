@@ -21,11 +21,12 @@ from quire.transfer.frames import (
     Header,
     Kind,
     checksum,
+    header_of,
     pack,
     pack_entries,
     unpack_entries,
 )
-from quire.transfer.layout import FRAME_BYTES, Span, pieces
+from quire.transfer.layout import Span, pieces
 from quire.transfer.link import DialledLink, Outgoing
 from quire.transfer.receiver import read_refusal, write_refusal
 from quire.transfer.sending import Piece, SendingTransfer
@@ -148,8 +149,7 @@ class Sender:
 
     def on_frame(self, header: Header, body: bytes) -> None:
         """GRANT, COMMITTED, FAIL, FENCED or KEEP."""
-        ref = TransferRef(header.transfer, header.epoch, header.incarnation)
-        departing = self._departing.get(ref)
+        departing = self._departing.get(header.ref)
         if departing is None:
             return  # ended here while the frame was on its way
         machine, now = departing.machine, self._node.clock()
@@ -288,7 +288,7 @@ class SendingLink(DialledLink):
 
     def _data(self, departing: Departing) -> Outgoing:
         machine, memory = departing.machine, self.node.memory
-        taken = machine.take(FRAME_BYTES, MAX_ENTRIES)
+        taken = machine.take(self.frame_bytes, MAX_ENTRIES)
         views, entries = [], []
         for (block, piece), slot in taken:
             part = departing.parts[piece]
@@ -304,7 +304,9 @@ class SendingLink(DialledLink):
         self._unacked_bytes += num_bytes
         self.flow.num_bytes += num_bytes
         table = pack_entries(entries)
-        header = _header(Kind.DATA, machine.ref)._replace(
+        header = header_of(
+            Kind.DATA,
+            machine.ref,
             rank=self.node.identity.shard.rank,
             length=len(table) + num_bytes,
             num=len(entries),
@@ -346,7 +348,8 @@ class SendingLink(DialledLink):
         good = [piece for piece in sent.pieces if piece not in damaged]
         self.flow.damaged_pieces += len(damaged)
         self.sender.do(sent.departing, machine.acked(good, self.node.clock()))
-        self.sender.do(sent.departing, machine.damaged(damaged))
+        if damaged:
+            self.sender.do(sent.departing, machine.damaged(damaged))
 
     def _settle(self, sequence: int) -> _Sent | None:
         """The frame is answered: its bytes leave the window."""
@@ -359,23 +362,19 @@ class SendingLink(DialledLink):
         return sent
 
 
-def _header(kind: Kind, ref: TransferRef) -> Header:
-    return Header(kind, transfer=ref.transfer, incarnation=ref.incarnation, epoch=ref.epoch)
-
-
 def _say(link: SendingLink, ref: TransferRef, message: Message) -> None:
     match message:
         case Open(count):
-            link.post(_header(Kind.OPEN, ref)._replace(num=count))
+            link.post(header_of(Kind.OPEN, ref, num=count))
         case Offered(count):
-            link.post(_header(Kind.KEEP, ref)._replace(num=count))
+            link.post(header_of(Kind.KEEP, ref, num=count))
         case Committing(commit):
             body = transfer_pb2.KvCommit(
                 blocks=commit.blocks, tokens=commit.tokens, digest=commit.digest, meta=commit.meta,
                 bytes_per_s=int(link.flow.bytes_per_s),
             )  # fmt: skip
-            link.post(_header(Kind.COMMIT, ref), body.SerializeToString())
+            link.post(header_of(Kind.COMMIT, ref), body.SerializeToString())
         case Fail(failure, detail):
-            link.post(_header(Kind.FAIL, ref), write_refusal(failure, detail))
+            link.post(header_of(Kind.FAIL, ref), write_refusal(failure, detail))
         case _:
             raise TypeError(f"a sender does not say {message}")

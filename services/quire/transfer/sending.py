@@ -283,8 +283,8 @@ class SendingTransfer:
 
     def summed(self, entries: Iterable[Entry]) -> None:
         """Checksums of pieces that are being written."""
-        for entry in entries:
-            self._sums[entry.block, entry.piece] = entry.checksum
+        for block, piece, checksum in entries:
+            self._sums[block, piece] = checksum
 
     def written(self, pieces: Iterable[Piece], now: float) -> list[Effect]:
         """The transport no longer reads these."""

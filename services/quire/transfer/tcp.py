@@ -1,116 +1,183 @@
 """Frames over plain sockets: written from the pool, read straight into the pool.
 
-On uvloop a frame is one gathering write of the block's own memory and a read lands in the block's
-own memory (a buffered protocol), so each byte is copied once by the kernel on each side. Plain
-asyncio works too, with one more copy. TLS by the loop.
+A frame is one gathering write of the blocks' own memory, and one scattering read fills as many
+pieces as have arrived, so each byte is copied once by the kernel on each side. With TLS, OpenSSL
+encrypts from the pool and decrypts into it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+import logging
+import socket
+import ssl
+from typing import TYPE_CHECKING
 
 from quire.cluster.tls import tls_context
-from quire.transfer.frames import FrameError
+from quire.transfer.frames import ENTRY_BYTES, MAX_BODY_BYTES, MAX_ENTRIES, FrameError
+from quire.transfer.sockets import (
+    BLOCKED,
+    connected,
+    join_address,
+    listening,
+    secured,
+    split_address,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
+    from typing import Any
 
     from quire.config.transfer import TransferConfig
     from quire.transfer.base import Channel
     from quire.transfer.intake import Intake
 
-BACKLOG = 128
+logger = logging.getLogger(__name__)
+
+MAX_READS = 16
+"""In a row; then the loop's other callbacks have their turn."""
+LOW_WATER_BYTES = 256 << 10
+"""In the middle of a frame the loop sleeps until so much has arrived."""
+RETRY_S = 0.5
+"""Between two tries to accept, when the process has no descriptor left."""
 
 
-class TcpChannel(asyncio.BufferedProtocol):
-    """One socket."""
+class TcpChannel:
+    """One connected, non-blocking socket."""
 
-    def __init__(self, accept: Callable[[Channel], None] | None = None) -> None:
-        self._accept = accept
-        self._transport: asyncio.Transport | None = None
+    frame_bytes = MAX_BODY_BYTES - MAX_ENTRIES * ENTRY_BYTES
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._is_tls = isinstance(sock, ssl.SSLSocket)
+        self._loop = asyncio.get_running_loop()
         self._intake: Intake | None = None
         self._closed: Callable[[str], None] | None = None
-        self._why = "the peer ended the connection"
-        self._flushed = asyncio.Event()
-        self._flushed.set()
+        self._why = ""
+        """It is closed, and why."""
+        self._leaving: list[memoryview] = []
+        """What the kernel does not have yet."""
+        self._flushed: asyncio.Future[None] | None = None
+        self._low_water = 0
 
     # ---- Channel
 
     def start(self, intake: Intake, closed: Callable[[str], None]) -> None:
         """Deliver to the intake from now on."""
         self._intake, self._closed = intake, closed
-        if self._transport is None:
-            closed(self._why)
-        else:
-            self._transport.resume_reading()
+        if self._why:
+            self._loop.call_soon(closed, self._why)
+            return
+        self._loop.add_reader(self._sock, self._read)
+        self._loop.call_soon(self._read)  # a TLS handshake may have read ahead
 
     async def send(self, head: bytes, parts: Sequence[memoryview] = ()) -> None:
         """One frame; returns when the kernel has all of it."""
-        if self._transport is None or self._transport.is_closing():
-            return
-        if parts:
-            self._transport.writelines((head, *parts))
-        else:
-            self._transport.write(head)
-        if not self._flushed.is_set():
-            await self._flushed.wait()
+        self._put(memoryview(head), *parts)
+        if self._leaving:
+            self._flushed = self._loop.create_future()
+            await self._flushed
 
     def post(self, frame: bytes) -> None:
         """Send a small frame without waiting."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame)
+        self._put(memoryview(frame))
 
     def close(self) -> None:
-        """Reset the connection."""
-        if self._transport is not None:
-            self._transport.abort()
+        """End the connection."""
+        self._end("closed here")
 
-    # ---- BufferedProtocol
+    # ---- writing
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The socket is connected."""
-        self._transport = transport = cast("asyncio.Transport", transport)
-        # Nothing may stay queued in user space: then a flushed frame is one that is not read again.
-        transport.set_write_buffer_limits(high=0)
-        if self._accept is None:
-            transport.pause_reading()  # until start()
-        else:
-            self._accept(self)
+    def _put(self, *views: memoryview) -> None:
+        if self._why:
+            return
+        is_waiting = bool(self._leaving)
+        self._leaving += views
+        if not is_waiting:
+            self._write()
+            if self._leaving:
+                self._loop.add_writer(self._sock, self._write)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the next bytes go."""
-        assert self._intake is not None
-        return self._intake.buffer()
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """They came."""
-        assert self._intake is not None
+    def _write(self) -> None:
+        """Give the kernel as much as it takes."""
         try:
-            self._intake.advance(nbytes)
-        except FrameError as error:
-            self._why = str(error)
-            self.close()
+            while self._leaving:
+                # Of TLS one piece at a time: it has no gathering write.
+                self._forget(
+                    self._sock.send(self._leaving[0])
+                    if self._is_tls
+                    else self._sock.sendmsg(self._leaving)
+                )
+        except BLOCKED:
+            return
+        except OSError as error:
+            self._end(str(error))
+            return
+        self._loop.remove_writer(self._sock)
+        self._tell_flushed()
 
-    def eof_received(self) -> None:
-        """The peer ended its side: so does this one."""
+    def _forget(self, count: int) -> None:
+        """So many bytes of `_leaving` are with the kernel."""
+        for number, view in enumerate(self._leaving):
+            if count < len(view):
+                self._leaving[: number + 1] = [view[count:]]
+                return
+            count -= len(view)
+        self._leaving.clear()
 
-    def pause_writing(self) -> None:
-        """The kernel's buffer is full."""
-        self._flushed.clear()
+    def _tell_flushed(self) -> None:
+        if self._flushed is not None and not self._flushed.done():
+            self._flushed.set_result(None)
 
-    def resume_writing(self) -> None:
-        """The kernel has everything."""
-        self._flushed.set()
+    # ---- reading
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The socket is closed."""
-        self._transport = None
-        self._flushed.set()
-        if exc is not None:
-            self._why = str(exc)
+    def _read(self) -> None:
+        try:
+            for _ in range(MAX_READS):
+                if self._why or not self._read_once():
+                    return
+            self._loop.call_soon(self._read)  # what TLS has decrypted does not wake the loop
+        except BLOCKED:
+            return
+        except (FrameError, OSError) as error:
+            self._end(str(error) or type(error).__name__)
+
+    def _read_once(self) -> bool:
+        """Whether there may be more. Raises BLOCKED, OSError, FrameError."""
+        assert self._intake is not None
+        buffers = self._intake.buffers()
+        room = 0
+        if self._is_tls:
+            count = self._sock.recv_into(buffers[0])
+        else:
+            count, room = self._sock.recvmsg_into(buffers)[0], sum(map(len, buffers))
+        if not count:
+            self._end("the peer ended the connection")
+            return False
+        self._intake.advance(count)
+        if count >= room:
+            return True
+        self._sleep_until(min(self._intake.missing, LOW_WATER_BYTES))
+        return False
+
+    def _sleep_until(self, num_bytes: int) -> None:
+        """Have the loop woken when so much has arrived, not for every packet."""
+        if num_bytes != self._low_water and not self._is_tls:
+            self._low_water = num_bytes
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(num_bytes, 1))
+
+    def _end(self, why: str) -> None:
+        if self._why:
+            return
+        self._why = why
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        self._leaving.clear()
+        self._tell_flushed()
         if self._closed is not None:
-            self._closed(self._why)
+            self._loop.call_soon(self._closed, why)
 
 
 class TcpTransport:
@@ -120,45 +187,51 @@ class TcpTransport:
 
     def __init__(self, config: TransferConfig) -> None:
         self._config = config
-        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(self, accept: Callable[[Channel], None]) -> str:
         """Listen on the configured host and port."""
         config = self._config
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: TcpChannel(accept),
-            config.kv_host,
-            config.kv_tcp_port,
-            backlog=BACKLOG,
-            ssl=tls_context(config, server=True),
-        )
-        port = self._server.sockets[0].getsockname()[1]
+        tls = tls_context(config, server=True)
+        server = listening(config.kv_host, config.kv_tcp_port)
+
+        async def welcome(sock: socket.socket) -> None:
+            try:
+                async with asyncio.timeout(config.kv_connect_timeout_s):
+                    channel = TcpChannel(await secured(sock, tls))
+            except (OSError, TimeoutError) as error:
+                logger.warning("KV connection refused: %s", error or "no TLS handshake in time")
+            else:
+                accept(channel)
+
+        async def serve() -> None:
+            with server:
+                while True:
+                    try:
+                        sock, _ = await asyncio.get_running_loop().sock_accept(server)
+                    except OSError as error:
+                        logger.warning("KV connection not accepted: %s", error)
+                        await asyncio.sleep(RETRY_S)
+                    else:
+                        self._own(welcome(sock))
+
+        self._own(serve())
+        port = server.getsockname()[1]
         return join_address(config.kv_advertised_host or config.kv_host, port)
 
     async def dial(self, address: str) -> Channel:
         """Connect. Raises OSError."""
         host, port = split_address(address)
-        tls = tls_context(self._config, server=False)
-        _, channel = await asyncio.get_running_loop().create_connection(
-            TcpChannel, host, port, ssl=tls
-        )
-        return channel
+        tls = tls_context(self._config, server=False, by_name=True)
+        return TcpChannel(await secured(await connected(host, port), tls, host))
 
     async def close(self) -> None:
         """Stop listening."""
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-
-def join_address(host: str, port: int) -> str:
-    """host:port, IPv6 hosts in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Raises OSError on anything but host:port."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
-        raise OSError(f"{address!r} is not host:port")
-    return host.strip("[]"), int(port)
+    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -66,17 +66,21 @@ class Recorder:
     def on_frame(self, header, body):
         self.frames.append((header.kind, body))
 
-    def lengths(self, header, entries):
-        return [10 * (e.block + 1) for e in entries] if header.transfer == 1 else None
-
-    def place(self, header, entry):
-        if not self.open:
+    def places(self, header, entries):
+        self.entries = entries
+        if header.transfer != 1:
             return None
-        size = 10 * (entry.block + 1)
-        return self.pool.setdefault(entry.block, memoryview(bytearray(size)))
+        return [
+            self.pool.setdefault(e.block, memoryview(bytearray(10 * (e.block + 1))))
+            for e in entries
+        ]
 
-    def landed(self, header, entry, good):
-        self.good.append((entry.block, good))
+    def holds(self):
+        return self.open
+
+    def landed(self, number):
+        entry = self.entries[number]
+        self.good.append((entry.block, checksum(self.pool[entry.block]) == entry.checksum))
 
     def finished(self, header):
         self.done.append(header.sequence)
@@ -90,8 +94,25 @@ def data_frame(payloads, *, transfer=1, sequence=1, lie=False):
     return pack(header._replace(length=len(table) + len(pieces)), table) + pieces
 
 
-@given(st.lists(st.integers(1, 90), min_size=1, max_size=60))
-def test_frames_come_out_whole_however_the_bytes_are_cut(cuts):
+def push(intake, data):
+    intake.feed(data)
+    return len(data)
+
+
+def pull(intake, data):
+    """As a socket does: into the buffers that the intake names."""
+    left = data
+    for buffer in intake.buffers():
+        assert buffer
+        count = min(len(buffer), len(left))
+        buffer[:count], left = left[:count], left[count:]
+    intake.advance(len(data) - len(left))
+    return len(data) - len(left)
+
+
+@pytest.mark.parametrize("give", [push, pull])
+@given(cuts=st.lists(st.integers(1, 90), min_size=1, max_size=60))
+def test_frames_come_out_whole_however_the_bytes_are_cut(give, cuts):
     blocks = {0: b"a" * 10, 2: b"c" * 30}
     stream = b"".join([
         pack(Header(Kind.PING)), data_frame(blocks), pack(Header(Kind.COMMIT), b"body"),
@@ -101,24 +122,31 @@ def test_frames_come_out_whole_however_the_bytes_are_cut(cuts):
     recorder = Recorder()
     intake, at, turn = Intake(recorder), 0, 0
     while at < len(stream):
-        count = cuts[turn % len(cuts)]
-        intake.feed(stream[at : at + count])
-        at, turn = at + count, turn + 1
+        at += give(intake, stream[at : at + cuts[turn % len(cuts)]])
+        turn += 1
     assert recorder.frames == [(Kind.PING, b""), (Kind.COMMIT, b"body"), (Kind.KEEP, b"")]
     assert recorder.good == [(0, True), (2, True)]
     assert {b: bytes(v) for b, v in recorder.pool.items()} == blocks
     assert recorder.done == [1, 7, 9]
 
 
-def test_a_place_that_is_gone_in_the_middle_takes_the_rest_nowhere():
+@pytest.mark.parametrize("give", [push, pull])
+def test_a_place_that_is_gone_in_the_middle_takes_the_rest_nowhere(give):
     recorder = Recorder()
     intake = Intake(recorder)
-    frame = data_frame({1: b"y" * 20})
-    intake.feed(frame[:-12])
+    frame = data_frame({0: b"x" * 10, 1: b"y" * 20, 2: b"z" * 30})
+
+    def send(data):
+        while data:
+            data = data[give(intake, data) :]
+
+    send(frame[: -(12 + 30)])
     recorder.open = False
-    intake.feed(frame[-12:] + pack(Header(Kind.PING)))
+    send(frame[-(12 + 30) :] + pack(Header(Kind.PING)))
     assert bytes(recorder.pool[1]) == b"y" * 8 + bytes(12)
-    assert recorder.good == []
+    assert bytes(recorder.pool[2]) == bytes(30)
+    assert recorder.good == [(0, True)]
+    assert recorder.done == [1]
     assert recorder.frames == [(Kind.PING, b"")]
 
 
