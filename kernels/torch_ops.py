@@ -21,13 +21,16 @@ import torch.nn.functional as F
 from quire.kernels.group import ALONE, part_of
 from quire.kernels.layout import BLOCK_SIZE, KvLayout, KvOrder
 from quire.kernels.ops import Rope
+from quire.kernels.quantized import split_kinds, stack
 from quire.kernels.reference import LayerCache, cache_slots, norm_and_rotate
+from quire.kernels.torch_quantized import StoredQuantized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quire.kernels.group import Group
     from quire.kernels.ops import AttentionShape, StepInputs
+    from quire.kernels.quantized import Matrix
     from quire.kernels.reference import QkNorms
 
 LOGIT_CHUNK = 1 << 20
@@ -48,6 +51,9 @@ class PackedTable(PackedLinear):
 
     first: int = 0
     vocabulary: int = 0
+
+
+AnyLinear = PackedLinear | StoredQuantized
 
 
 @dataclass(frozen=True)
@@ -162,21 +168,26 @@ class TorchOps:
     # --- load time --------------------------------------------------------------------------------
 
     def pack_linear(
-        self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
-    ) -> PackedLinear:
+        self, weights: Sequence[Matrix], bias: Sequence[torch.Tensor | None]
+    ) -> AnyLinear:
         """Stack [N_i, K] matrices along N. A missing bias beside a present one counts as zero."""
-        weight = self._own(torch.cat(list(weights)))
         if all(b is None for b in bias):
-            return PackedLinear(weight)
+            return self._pack(weights)
         rows = [
-            torch.zeros(w.shape[0]) if b is None else b.float()
+            torch.zeros(len(w)) if b is None else b.float()
             for w, b in zip(weights, bias, strict=True)
         ]
-        return PackedLinear(weight, self._own(torch.cat(rows)))
+        return self._pack(weights, self._own(torch.cat(rows)))
 
-    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> PackedLinear:
+    def pack_gate_up(self, gate: Matrix, up: Matrix) -> AnyLinear:
         """Stack two [I, K] matrices: [2 I, K], gate first."""
-        return PackedLinear(self._own(torch.cat([gate, up])))
+        return self._pack([gate, up])
+
+    def _pack(self, weights: Sequence[Matrix], bias: torch.Tensor | None = None) -> AnyLinear:
+        floats, integers = split_kinds(weights)
+        if integers:
+            return StoredQuantized.of(stack(integers), bias, self.dtype, self.device)
+        return PackedLinear(self._own(torch.cat(floats)), bias)
 
     def pack_embedding(self, table: torch.Tensor, vocabulary: int | None = None) -> PackedTable:
         """A [V, H] table for `embed` and `logits`, or this rank's rows of `vocabulary` in all."""
@@ -234,16 +245,16 @@ class TorchOps:
         """Normalise the last dimension in float32; result in the model's dtype."""
         return self.kernels.rms_norm(x, self._here(weight), eps, self.dtype)
 
-    def linear(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, w: AnyLinear) -> torch.Tensor:
         """x [rows, K] @ w.T + bias: [rows, N]."""
         return F.linear(x, w.weight, w.bias)
 
-    def linear_add(self, x: torch.Tensor, w: PackedLinear, residual: torch.Tensor) -> torch.Tensor:
+    def linear_add(self, x: torch.Tensor, w: AnyLinear, residual: torch.Tensor) -> torch.Tensor:
         """Add x @ w.T + bias to the float32 residual [rows, N], in place."""
         product = F.linear(x, w.weight, w.bias)
         return residual.add_(product if self.group.size == 1 else self.group.sum(product))
 
-    def gate_up_silu(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
+    def gate_up_silu(self, x: torch.Tensor, w: AnyLinear) -> torch.Tensor:
         """silu(x @ gate.T) * (x @ up.T): [rows, I]."""
         gate, up = F.linear(x, w.weight).chunk(2, dim=-1)
         return F.silu(gate).mul_(up)

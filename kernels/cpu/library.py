@@ -26,6 +26,7 @@ ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "int16": np.dtype(np.int16),  # fixed-point activations
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),  # numpy has no bfloat16: its bits
     "float16": np.dtype(np.float16),
@@ -85,6 +86,30 @@ class LinearArgs(ctypes.Structure):
         ("k", c_int64),
         ("n", c_int64),
         ("epilogue", c_int32),
+    ]
+
+
+class FixedPointArgs(ctypes.Structure):
+    """FixedPointArgs of csrc/cpu/kernels.h."""
+
+    _fields_ = [
+        ("input", Matrix),
+        ("out", Matrix),
+        ("order", c_void_p),
+        ("k", c_int64),
+        ("block", c_int64),
+    ]
+
+
+class QuantizedLinearArgs(ctypes.Structure):
+    """QuantizedLinearArgs of csrc/cpu/kernels.h."""
+
+    _fields_ = [
+        ("linear", LinearArgs),
+        ("group_size", c_int64),
+        ("block", c_int64),
+        ("bits", c_int32),
+        ("has_zeros", c_int32),
     ]
 
 
@@ -162,6 +187,8 @@ OpArgs = (
     | TakeRowsArgs
     | SumPartsArgs
     | JoinColumnsArgs
+    | FixedPointArgs
+    | QuantizedLinearArgs
 )
 
 OP_CODES: dict[type[OpArgs], int] = {
@@ -173,6 +200,8 @@ OP_CODES: dict[type[OpArgs], int] = {
     TakeRowsArgs: 5,
     SumPartsArgs: 6,
     JoinColumnsArgs: 7,
+    FixedPointArgs: 8,
+    QuantizedLinearArgs: 9,
 }
 
 

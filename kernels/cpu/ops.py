@@ -30,6 +30,7 @@ from quire.kernels.cpu.program import (
     StepLimits,
     Target,
 )
+from quire.kernels.cpu.quantized import PackedQuantized
 from quire.kernels.group import ALONE
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from quire.kernels.group import Group
     from quire.kernels.layout import KvLayout
     from quire.kernels.ops import AttentionShape, Rope
+
+AnyLinear = PackedLinear | PackedQuantized
 
 MAX_HEAD_DIM = 256
 
@@ -143,12 +146,12 @@ class CpuOps(Packer):
         self._record(lib.RmsNormArgs(x.matrix, out.matrix, address, x.columns, eps), x.domain)
         return out
 
-    def linear(self, x: Buffer, w: PackedLinear) -> Buffer:
+    def linear(self, x: Buffer, w: AnyLinear) -> Buffer:
         """x @ w.T + bias in the activations' dtype: [rows, N]."""
         out = self._buffers.take(x.domain, w.n, self._activation)
         return self._record_linear(x, w, out, _Epilogue.STORE)
 
-    def linear_add(self, x: Buffer, w: PackedLinear, residual: Buffer) -> Buffer:
+    def linear_add(self, x: Buffer, w: AnyLinear, residual: Buffer) -> Buffer:
         """residual + x @ w.T + bias, in place: the returned value is `residual` itself."""
         self._expect(residual, "float32")
         if residual.columns != w.n or residual.domain != x.domain:
@@ -159,7 +162,7 @@ class CpuOps(Packer):
         self._record_linear(x, w, own, _Epilogue.STORE_FLOAT)
         return self._sum(own, residual, accumulate=True)
 
-    def gate_up_silu(self, x: Buffer, w: PackedLinear) -> Buffer:
+    def gate_up_silu(self, x: Buffer, w: AnyLinear) -> Buffer:
         """silu(x @ gate.T) * (x @ up.T): [rows, I]."""
         if not w.is_gate_up:
             raise ValueError("weights must come from pack_gate_up")
@@ -292,9 +295,7 @@ class CpuOps(Packer):
     def _record(self, args: lib.OpArgs, domain: int) -> None:
         self._recorded.append(lib.Op.of(args, domain))
 
-    def _record_linear(
-        self, x: Buffer, w: PackedLinear, out: Buffer, epilogue: _Epilogue
-    ) -> Buffer:
+    def _record_linear(self, x: Buffer, w: AnyLinear, out: Buffer, epilogue: _Epilogue) -> Buffer:
         self._expect(x, self._activation)
         if x.columns != w.k:
             raise ValueError(f"weights [{w.n}, {w.k}] cannot take {x.columns} columns")
@@ -309,7 +310,18 @@ class CpuOps(Packer):
             n=w.n,
             epilogue=epilogue,
         )
-        self._record(args, x.domain)
+        if isinstance(w, PackedQuantized):
+            args.input = self._fixed_point(x, w).matrix
+            self._record(w.args(args), x.domain)
+        else:
+            self._record(args, x.domain)
+        return out
+
+    def _fixed_point(self, x: Buffer, w: PackedQuantized) -> Buffer:
+        """The activations in the form that the weights multiply."""
+        out = self._buffers.take(x.domain, w.fixed_columns, "int16")
+        order = None if w.order is None else self._address(w.order)
+        self._record(lib.FixedPointArgs(x.matrix, out.matrix, order, w.k, w.block), x.domain)
         return out
 
     def _expect(self, x: Buffer, dtype: str) -> None:

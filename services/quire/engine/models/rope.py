@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quire.engine.models.config import UnsupportedModel
+from quire.engine.models.errors import UnsupportedModel
 from quire.kernels.ops import Rope
 
 if TYPE_CHECKING:

@@ -19,16 +19,16 @@ SAMPLE_BYTES = 4096
 SAMPLES_PER_FILE = 64
 
 
-def fingerprint(folder: Path, dtype: str) -> bytes:
+def fingerprint(folder: Path, dtype: str, quantization: str) -> bytes:
     """16 bytes that name the model for the block hashes: equal on every host with the same files.
 
     Covers config.json, every weight file's name, size and header, evenly spaced samples of its
-    data, and the compute dtype. Reading all weights would take seconds per model for no use:
-    checkpoints that differ, differ everywhere.
+    data, the compute dtype and how weights are quantized while they load. Reading all weights would
+    take seconds per model for no use: checkpoints that differ, differ everywhere.
     """
     state = blake2b(digest_size=16)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    state.update(json.dumps([config, dtype], sort_keys=True).encode())
+    state.update(json.dumps([config, dtype, quantization], sort_keys=True).encode())
     for path in weight_files(folder):
         size = path.stat().st_size
         state.update(f"{path.name}:{size};".encode())
