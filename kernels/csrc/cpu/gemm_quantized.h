@@ -39,10 +39,13 @@ Shorts unpack(Shorts words) {
   return signed_bits<I * BITS, BITS>(words);
 }
 
-// sums[row][half] += in[row][2 I, 2 I + 1] * pair I of the step, and the pairs after it.
+// sums[row][half] += in[row][2 I, 2 I + 1] * pair I of the step, and the pairs after it. Inlined by
+// force: called, it would move all sums through memory.
 template <int BITS, int I, int ROWS, class Zeros>
-void multiply_pairs(const int16_t* in, int64_t stride, const Shorts (&words)[2], const Zeros& zeros,
-                    Words (&sums)[ROWS][2]) {
+__attribute__((always_inline)) inline void multiply_pairs(const int16_t* in, int64_t stride,
+                                                          const Shorts (&words)[2],
+                                                          const Zeros& zeros,
+                                                          Words (&sums)[ROWS][2]) {
   if constexpr (I < 16 / BITS) {
     const Shorts low = zeros.remove(unpack<BITS, I>(words[0]), 0);
     const Shorts high = zeros.remove(unpack<BITS, I>(words[1]), 1);
@@ -62,57 +65,60 @@ class PanelProduct {
   PanelProduct(const QuantizedLinearArgs& args, int64_t row)
       : args_(args),
         in_(row_of<int16_t>(args.linear.in, row)),
-        scales_(reinterpret_cast<const float*>(in_ + round_up(args.linear.k, kPanel))) {
-    for (auto& halves : acc) halves[0] = halves[1] = splat(0.0f);
-  }
+        scales_(reinterpret_cast<const float*>(in_ + round_up(args.linear.k, kPanel))) {}
 
   // `cold`: the panel is read for the first time, and the next one should be on its way.
-  template <bool COLD>
-  void run(const char* panel) {
+  void run(const char* panel, bool cold, float (&out)[kGemmRows][kPanel]) {
     const int64_t k = args_.linear.k;
+    for (auto& row : out) std::fill_n(row, kPanel, 0.0f);
     for (int64_t begin = 0; begin < k; begin += args_.group_size) {
-      panel = group<COLD>(panel, begin, std::min(begin + args_.group_size, k));
+      panel = group(panel, {begin, std::min(begin + args_.group_size, k)}, cold, out);
     }
   }
-
-  Lanes acc[ROWS][2];
 
  private:
   static constexpr int64_t kStep = 32 / BITS;
+  static constexpr int64_t kHeader = kPanel * (ZEROS ? 8 : 4);
 
-  template <bool COLD>
-  const char* group(const char* panel, int64_t begin, int64_t end) {
-    const Lanes weight_scales[2] = {load(reinterpret_cast<const float*>(panel)),
-                                    load(reinterpret_cast<const float*>(panel) + kLanes)};
+  const char* group(const char* panel, Range k, bool cold, float (&out)[kGemmRows][kPanel]) {
+    const auto* weight_scales = reinterpret_cast<const float*>(panel);
     const ZeroPoints<ZEROS> zeros(panel);
-    constexpr int64_t kHeader = kPanel * (ZEROS ? 8 : 4);
-    if (COLD) prefetch_span(panel + kPrefetchBytes, kHeader);
+    if (cold) prefetch_span(panel + kPrefetchBytes, kHeader);
     panel += kHeader;
-    for (int64_t k = begin; k < end; k += args_.block, ++scales_) {
-      panel = block<COLD>(panel, k, std::min(k + args_.block, end), weight_scales, zeros);
+    for (int64_t begin = k.begin; begin < k.end; begin += args_.block, ++scales_) {
+      const Range block{begin, std::min(begin + args_.block, k.end)};
+      Words sums[ROWS][2];
+      for (auto& halves : sums) halves[0] = halves[1] = words(0);
+      panel = cold ? multiply<true>(panel, block, zeros, sums)
+                   : multiply<false>(panel, block, zeros, sums);
+      add(sums, weight_scales, out);
     }
     return panel;
   }
 
   template <bool COLD>
-  const char* block(const char* panel, int64_t begin, int64_t end, const Lanes (&weight_scales)[2],
-                    const ZeroPoints<ZEROS>& zeros) {
-    Words sums[ROWS][2];
-    for (auto& halves : sums) halves[0] = halves[1] = words(0);
+  const char* multiply(const char* panel, Range k, const ZeroPoints<ZEROS>& zeros,
+                       Words (&sums)[ROWS][2]) const {
     const int64_t stride = args_.linear.in.stride;
-    for (int64_t k = begin; k < end; k += kStep, panel += QuantizedLayout::kStepBytes) {
+    for (int64_t i = k.begin; i < k.end; i += kStep, panel += QuantizedLayout::kStepBytes) {
       if (COLD) prefetch_span(panel + kPrefetchBytes, QuantizedLayout::kStepBytes);
       const Shorts step[2] = {load_shorts(panel), load_shorts(panel + 64)};
-      multiply_pairs<BITS, 0>(in_ + k, stride, step, zeros, sums);
-    }
-    for (int row = 0; row < ROWS; ++row) {
-      const Lanes scale = splat(scales_[row * (stride / 2)]);
-      for (int half = 0; half < 2; ++half) {
-        const Lanes part = signed_to_float(sums[row][half]) * scale;
-        acc[row][half] = fma(part, weight_scales[half], acc[row][half]);
-      }
+      multiply_pairs<BITS, 0>(in_ + i, stride, step, zeros, sums);
     }
     return panel;
+  }
+
+  // out += the block's sums, scaled.
+  void add(const Words (&sums)[ROWS][2], const float* weight_scales,
+           float (&out)[kGemmRows][kPanel]) const {
+    for (int row = 0; row < ROWS; ++row) {
+      const Lanes scale = splat(scales_[row * (args_.linear.in.stride / 2)]);
+      for (int half = 0; half < 2; ++half) {
+        float* to = out[row] + half * kLanes;
+        const Lanes part = signed_to_float(sums[row][half]) * scale;
+        store(to, fma(part, load(weight_scales + half * kLanes), load(to)));
+      }
+    }
   }
 
   const QuantizedLinearArgs& args_;
@@ -120,49 +126,47 @@ class PanelProduct {
   const float* scales_;
 };
 
-// One panel for `rows` <= ROWS rows from `row` on; ROWS counts down to the exact number.
-template <int BITS, bool ZEROS, int ROWS, class Finish>
-void quantized_rows(const QuantizedLinearArgs& args, Range rows, const char* weights, int64_t panel,
-                    const Finish& finish) {
+// One panel for `rows` (at most ROWS) rows; ROWS counts down to the exact number.
+template <int BITS, bool ZEROS, int ROWS>
+void quantized_panel(const QuantizedLinearArgs& args, Range rows, const char* panel,
+                     float (&out)[kGemmRows][kPanel]) {
   if constexpr (ROWS > 0) {
-    const int64_t row = rows.begin;
-    if (rows.end - row < ROWS) {
-      return quantized_rows<BITS, ZEROS, ROWS - 1>(args, rows, weights, panel, finish);
+    if (rows.end - rows.begin < ROWS) {
+      return quantized_panel<BITS, ZEROS, ROWS - 1>(args, rows, panel, out);
     }
-    PanelProduct<BITS, ZEROS, ROWS> product(args, row);
-    if (row == 0) {
-      product.template run<true>(weights);
-    } else {
-      product.template run<false>(weights);
-    }
-    for (int i = 0; i < ROWS; ++i) finish(row + i, panel, product.acc[i][0], product.acc[i][1]);
+    PanelProduct<BITS, ZEROS, ROWS>(args, rows.begin).run(panel, rows.begin == 0, out);
   }
+}
+
+using QuantizedPanel = void (*)(const QuantizedLinearArgs& args, Range rows, const char* panel,
+                                float (&out)[kGemmRows][kPanel]);
+
+inline QuantizedPanel panel_function(const QuantizedLinearArgs& args) {
+  if (args.bits == 8) {
+    return args.has_zeros ? quantized_panel<8, true, kGemmRows>
+                          : quantized_panel<8, false, kGemmRows>;
+  }
+  return args.has_zeros ? quantized_panel<4, true, kGemmRows>
+                        : quantized_panel<4, false, kGemmRows>;
 }
 
 // Items are panels.
-template <int BITS, bool ZEROS, class Finish>
-void quantized_gemm(const QuantizedLinearArgs& args, int64_t rows, Range panels,
-                    const Finish& finish) {
-  const QuantizedLayout layout{args.linear.k, args.group_size, BITS, ZEROS};
-  const char* weights = static_cast<const char*>(args.linear.weights);
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const char* from = weights + panel * layout.panel_bytes();
-    for (int64_t row = 0; row < rows; row += kGemmRows) {
-      const Range some{row, std::min<int64_t>(row + kGemmRows, rows)};
-      quantized_rows<BITS, ZEROS, kGemmRows>(args, some, from, panel, finish);
-    }
-  }
-}
-
 template <class Finish>
 void quantized_gemm(const QuantizedLinearArgs& args, int64_t rows, Range panels,
                     const Finish& finish) {
-  if (args.bits == 8) {
-    return args.has_zeros ? quantized_gemm<8, true>(args, rows, panels, finish)
-                          : quantized_gemm<8, false>(args, rows, panels, finish);
+  const QuantizedLayout layout{args.linear.k, args.group_size, args.bits, args.has_zeros};
+  const char* weights = static_cast<const char*>(args.linear.weights);
+  const QuantizedPanel multiply = panel_function(args);
+  alignas(64) float out[kGemmRows][kPanel];
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    for (int64_t row = 0; row < rows; row += kGemmRows) {
+      const Range some{row, std::min<int64_t>(row + kGemmRows, rows)};
+      multiply(args, some, weights + panel * layout.panel_bytes(), out);
+      for (int64_t i = some.begin; i < some.end; ++i) {
+        finish(i, panel, load(out[i - row]), load(out[i - row] + kLanes));
+      }
+    }
   }
-  return args.has_zeros ? quantized_gemm<4, true>(args, rows, panels, finish)
-                        : quantized_gemm<4, false>(args, rows, panels, finish);
 }
 
 template <class Activation>
