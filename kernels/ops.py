@@ -100,6 +100,9 @@ class Ops(Protocol):
         In a group: this rank's `group.part_of` the rows of a table of `vocabulary` rows.
         """
 
+    def pack_head(self, matrix: Matrix, vocabulary: int | None = None) -> Linear:
+        """Pack a [V, H] matrix for `logits` alone, of floats or of integers."""
+
     def embed(self, table: Linear) -> Value:
         """Rows of the table for the step's token ids: [T, H] residual stream."""
 

@@ -70,6 +70,15 @@ class QuantizedWeight:
         zeros = None if self.zeros is None else self.zeros[part]
         return replace(self, values=self.values[part], scales=self.scales[part], zeros=zeros)
 
+    def padded(self, rows: int) -> QuantizedWeight:
+        """The matrix with so many rows of zeros at its end."""
+
+        def pad(part: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(part, (0, 0, 0, rows))
+
+        zeros = None if self.zeros is None else pad(self.zeros)
+        return replace(self, values=pad(self.values), scales=pad(self.scales), zeros=zeros)
+
 
 Matrix = torch.Tensor | QuantizedWeight
 """A weight [N, K] as it comes from a checkpoint."""

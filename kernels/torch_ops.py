@@ -11,7 +11,7 @@ The cache is in `KvOrder.PLAIN`. The residual stream is float32 [T, H], as on th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -54,6 +54,7 @@ class PackedTable(PackedLinear):
 
 
 AnyLinear = PackedLinear | StoredQuantized
+AnyTable = PackedTable | StoredQuantized
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,15 @@ class TorchOps:
             self._own(F.pad(table, (0, 0, 0, missing))), first=own.start, vocabulary=total
         )
 
+    def pack_head(self, matrix: Matrix, vocabulary: int | None = None) -> AnyTable:
+        """A [V, H] matrix for `logits`, or this rank's rows of `vocabulary` in all."""
+        if isinstance(matrix, torch.Tensor):
+            return self.pack_embedding(matrix, vocabulary)
+        total = len(matrix) if vocabulary is None else vocabulary
+        missing = len(part_of(total, 0, self.group.size)) - len(matrix)
+        packed = StoredQuantized.of(matrix.padded(missing), None, self.dtype, self.device)
+        return replace(packed, vocabulary=total)
+
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
 
@@ -284,20 +294,21 @@ class TorchOps:
         """The rows whose logits are wanted: [R, H]."""
         return x[self.step.logit_rows]
 
-    def logits(self, x: torch.Tensor, w: PackedTable) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, w: AnyTable) -> torch.Tensor:
         """x [R, H] @ w.T in float32: [R, V]; on ranks beyond the first this rank's columns."""
         return self.group.join(self._logits(x, w))[:, : w.vocabulary]
 
-    def _logits(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
-        if w.weight.dtype == torch.float32:
-            return F.linear(x, w.weight)
+    def _logits(self, x: torch.Tensor, w: AnyTable) -> torch.Tensor:
+        weight = w.weight
+        if weight.dtype == torch.float32:
+            return F.linear(x, weight)
         if x.is_cuda:
-            return torch.mm(x, w.weight.T, out_dtype=torch.float32)
+            return torch.mm(x, weight.T, out_dtype=torch.float32)
         # CPU matmuls round their result to bf16, which would tie many logits: widen the weights
-        out = torch.empty(x.shape[0], w.weight.shape[0])
-        rows = max(1, LOGIT_CHUNK // w.weight.shape[1])
-        for start in range(0, w.weight.shape[0], rows):
-            part = w.weight[start : start + rows].float()
+        out = torch.empty(x.shape[0], weight.shape[0])
+        rows = max(1, LOGIT_CHUNK // weight.shape[1])
+        for start in range(0, weight.shape[0], rows):
+            part = weight[start : start + rows].float()
             torch.mm(x.float(), part.T, out=out[:, start : start + rows])
         return out
 

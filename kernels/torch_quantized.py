@@ -27,6 +27,8 @@ class StoredQuantized:
     k: int
     dtype: torch.dtype
     bias: torch.Tensor | None = None
+    vocabulary: int = 0
+    """Of a head: rows over all ranks."""
 
     @classmethod
     def of(

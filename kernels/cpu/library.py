@@ -101,6 +101,12 @@ class FixedPointArgs(ctypes.Structure):
     ]
 
 
+class NormFixedPointArgs(ctypes.Structure):
+    """NormFixedPointArgs of csrc/cpu/kernels.h."""
+
+    _fields_ = [("norm", RmsNormArgs), ("fixed_point", FixedPointArgs)]
+
+
 class QuantizedLinearArgs(ctypes.Structure):
     """QuantizedLinearArgs of csrc/cpu/kernels.h."""
 
@@ -189,6 +195,7 @@ OpArgs = (
     | JoinColumnsArgs
     | FixedPointArgs
     | QuantizedLinearArgs
+    | NormFixedPointArgs
 )
 
 OP_CODES: dict[type[OpArgs], int] = {
@@ -202,6 +209,7 @@ OP_CODES: dict[type[OpArgs], int] = {
     JoinColumnsArgs: 7,
     FixedPointArgs: 8,
     QuantizedLinearArgs: 9,
+    NormFixedPointArgs: 10,
 }
 
 
@@ -220,6 +228,15 @@ class Op(ctypes.Structure):
         op = cls(OP_CODES[type(args)], domain)
         setattr(op.args, f"args{op.code}", args)
         return op
+
+
+def norm_into(op: Op, matrix: Matrix) -> RmsNormArgs | None:
+    """The arguments of an operation that is a norm with `matrix` for its result."""
+    code = OP_CODES[RmsNormArgs]
+    if op.code != code:
+        return None
+    args: RmsNormArgs = getattr(op.args, f"args{code}")
+    return args if args.out.data == matrix.data else None
 
 
 class CacheArgs(ctypes.Structure):

@@ -169,7 +169,7 @@ class CpuOps(Packer):
         out = self._buffers.take(x.domain, w.n // 2, self._activation)
         return self._record_linear(x, w, out, _Epilogue.SILU_MUL)
 
-    def logits(self, x: Buffer, w: PackedTable) -> Buffer:
+    def logits(self, x: Buffer, w: PackedTable | PackedQuantized) -> Buffer:
         """x @ w.T in float32: [R, V]; on ranks beyond the first this rank's columns of it."""
         own = self._buffers.take(x.domain, w.n, "float32", padded=False)
         self._record_linear(x, w, own, _Epilogue.STORE_FLOAT)
@@ -321,7 +321,12 @@ class CpuOps(Packer):
         """The activations in the form that the weights multiply."""
         out = self._buffers.take(x.domain, w.fixed_columns, "int16")
         order = None if w.order is None else self._address(w.order)
-        self._record(lib.FixedPointArgs(x.matrix, out.matrix, order, w.k, w.block), x.domain)
+        args = lib.FixedPointArgs(x.matrix, out.matrix, order, w.k, w.block)
+        norm = lib.norm_into(self._recorded[-1], x.matrix) if self._recorded else None
+        if norm is None:
+            self._record(args, x.domain)
+        else:  # the two in one pass over the rows
+            self._recorded[-1] = lib.Op.of(lib.NormFixedPointArgs(norm, args), x.domain)
         return out
 
     def _expect(self, x: Buffer, dtype: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from quire.kernels.cpu import library as lib
 from quire.kernels.cpu.quantized import PackedQuantized, layout_of, order_of, packed_bytes
@@ -14,8 +15,6 @@ from quire.kernels.quantized import split_kinds, stack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from quire.kernels.group import Group
     from quire.kernels.quantized import Matrix, QuantizedWeight
@@ -75,7 +74,7 @@ class Packer:
         stacked_bias = self._stack_bias(weights, bias)
         if integers:
             whole = stack(integers)
-            quantized = self._allocate_quantized(whole, stacked_bias)
+            quantized = self._allocate_quantized(whole, stacked_bias, len(whole))
             quantized.fill(self._team, whole, 0, 16)
             return quantized
         n, k = sum(len(weight) for weight in floats), int(floats[0].shape[1])
@@ -93,7 +92,7 @@ class Packer:
         floats, integers = split_kinds((gate, up))
         if integers:
             whole, half = stack(integers), len(gate)
-            quantized = self._allocate_quantized(whole, None, is_gate_up=True)
+            quantized = self._allocate_quantized(whole, None, 2 * half, is_gate_up=True)
             quantized.fill(self._team, whole.rows(range(half)), 0, 32)
             quantized.fill(self._team, whole.rows(range(half, 2 * half)), 16, 32)
             return quantized
@@ -119,14 +118,26 @@ class Packer:
         self._pack(table, packed, 0, 16)
         return packed
 
+    def pack_head(
+        self, matrix: Matrix, vocabulary: int | None = None
+    ) -> PackedTable | PackedQuantized:
+        """Pack a [V, H] matrix for `logits`, or this rank's rows of one of `vocabulary` in all."""
+        if isinstance(matrix, torch.Tensor):
+            return self.pack_embedding(matrix, vocabulary)
+        total = len(matrix) if vocabulary is None else vocabulary
+        n = len(part_of(total, 0, self._group.size))
+        packed = replace(self._allocate_quantized(matrix, None, n), vocabulary=total)
+        packed.fill(self._team, matrix, 0, 16)
+        return packed
+
     def _allocate(self, n: int, k: int) -> np.ndarray:
         elements = self._library.quire_packed_elements(lib.DTYPE_CODES[self._dtype], n, k)
         return self._weights.take(elements * lib.NUMPY_DTYPES[self._dtype].itemsize)
 
     def _allocate_quantized(
-        self, weight: QuantizedWeight, bias: np.ndarray | None, *, is_gate_up: bool = False
+        self, weight: QuantizedWeight, bias: np.ndarray | None, n: int, *, is_gate_up: bool = False
     ) -> PackedQuantized:
-        layout, n = layout_of(weight), len(weight)
+        layout = layout_of(weight)
         data = self._weights.take(packed_bytes(layout, n))
         return PackedQuantized(data, bias, order_of(weight), n, layout, is_gate_up)
 

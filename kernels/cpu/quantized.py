@@ -57,6 +57,8 @@ class PackedQuantized:
     n: int
     layout: Layout
     is_gate_up: bool = False
+    vocabulary: int = 0
+    """Of a head: rows over all ranks."""
 
     @property
     def k(self) -> int:

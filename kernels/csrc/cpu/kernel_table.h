@@ -83,6 +83,15 @@ void run_fixed_point(const Op& op, const Step& step, int64_t begin, int64_t end,
   });
 }
 
+void run_norm_fixed_point(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  in_format(step, begin, end, [&](auto format, Range rows) {
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      rms_norm<decltype(format)>(op.norm_fixed_point.norm, {row, row + 1});
+      fixed_point<decltype(format)>(op.norm_fixed_point.fixed_point, {row, row + 1});
+    }
+  });
+}
+
 int64_t quantized_items(const Op& op, const Step&) { return num_panels(op.quantized.linear); }
 
 void run_quantized_linear(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
@@ -114,7 +123,8 @@ constexpr Kernels make_table(const char* name) {
            {row_items, run_sum_parts},
            {row_items, run_join_columns},
            {row_items, run_fixed_point},
-           {quantized_items, run_quantized_linear}},
+           {quantized_items, run_quantized_linear},
+           {row_items, run_norm_fixed_point}},
           release,
           kScratchBytes};
 }

@@ -41,7 +41,8 @@ enum class OpCode : int32_t {
   kJoinColumns = 7,
   kFixedPoint = 8,
   kQuantizedLinear = 9,
-  kCount = 10,
+  kNormFixedPoint = 10,
+  kCount = 11,
 };
 
 enum class Domain : int32_t { kTokens = 0, kLogitRows = 1 };
@@ -96,6 +97,12 @@ struct FixedPointArgs {
 };
 
 constexpr int64_t kMaxFixedBlock = 128;
+
+// A norm and, while a row is in the cache, what its result is for: `fixed_point.in` is `norm.out`.
+struct NormFixedPointArgs {
+  RmsNormArgs norm;
+  FixedPointArgs fixed_point;
+};
 
 struct QuantizedLinearArgs {
   LinearArgs linear;  // weights as quantized_layout.h says; `in` is fixed point
@@ -161,6 +168,7 @@ struct Op {
     PartsArgs parts;
     FixedPointArgs fixed_point;
     QuantizedLinearArgs quantized;
+    NormFixedPointArgs norm_fixed_point;
   };
 };
 

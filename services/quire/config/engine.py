@@ -25,8 +25,9 @@ class EngineConfig:
         choices=("auto", "int8", "int4", "gptq", "gptq_marlin", "awq", "awq_marlin",
                  "compressed-tensors"),
     )  # fmt: skip
-    """auto takes what the checkpoint says. int8 and int4 round the weights of a checkpoint of floats
-    while it loads, in groups of 128. The others name a format that the checkpoint must have."""
+    """auto takes what the checkpoint says. int8 and int4 round the weights of a checkpoint of
+    floats while it loads, in groups of 128. The others name a format that the checkpoint must
+    have."""
     load_format: str = option("auto", "model", choices=("auto", "dummy"))
     """auto reads safetensors; dummy fills random weights (for benchmarks)."""
     device: str = option("auto", "model", choices=("auto", "cpu", "cuda"))

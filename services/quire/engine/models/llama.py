@@ -55,14 +55,11 @@ class Llama:
         self.rope: Rope = build_rope(config.rope, max_positions)
         matrices = Matrices(weights, config.quantization)
         loader = _Loader(config, ops, weights, matrices, Partition.of(config, shard))
-        self.embedding = loader.table("model.embed_tokens.weight")
+        table = weights.take("model.embed_tokens.weight", loader.part.vocabulary)
+        self.embedding = ops.pack_embedding(table, config.vocab_size)
         self.layers = [loader.layer(i) for i in range(config.num_layers)]
         self.norm = weights.take("model.norm.weight")
-        if config.tie_embeddings:
-            self.head = self.embedding
-            weights.ignore("lm_head.weight")
-        else:
-            self.head = loader.table("lm_head.weight")
+        self.head = loader.head(self.embedding, table)
 
     def forward(self, ops: Ops) -> Value:
         """Logits [R, V] of the step that `ops` holds."""
@@ -90,9 +87,15 @@ class _Loader:
     matrices: Matrices
     part: Partition
 
-    def table(self, name: str) -> Linear:
-        rows = self.weights.take(name, self.part.vocabulary)
-        return self.ops.pack_embedding(rows, self.config.vocab_size)
+    def head(self, embedding: Linear, table: torch.Tensor) -> Linear:
+        """What gives logits: the packed embedding of `table` itself, when tied and in floats."""
+        tied = table if self.config.tie_embeddings else None
+        matrix = self.matrices.head(tied, self.part.vocabulary)
+        if tied is not None:
+            self.weights.ignore("lm_head.weight")
+        if matrix is tied:
+            return embedding
+        return self.ops.pack_head(matrix, self.config.vocab_size)
 
     def layer(self, index: int) -> Layer:
         config, weights = self.config, self.weights

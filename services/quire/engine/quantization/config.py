@@ -37,6 +37,8 @@ class Quantization:
 
     method: str
     rules: tuple[Rule, ...]
+    head: Rounded | None = None
+    """How a head of floats, tied to the embedding or not, is rounded while it loads."""
 
     def format_of(self, layer: str) -> Format | None:
         """The format of the layer of this name, None when it is in floats."""
@@ -57,6 +59,9 @@ class Quantization:
 
 
 EVERY_LAYER = re.compile("")
+HEAD_IN_FLOATS = Rule(re.compile("^lm_head$"), None)
+HEAD_BITS = 8
+"""With --quantization int8 and int4: four bits cost a head more than they gain it."""
 
 
 def choose(asked: str, found: Quantization | None) -> Quantization | None:
@@ -77,7 +82,8 @@ def choose(asked: str, found: Quantization | None) -> Quantization | None:
             f"--quantization {asked} rounds a checkpoint of floats, but this one is quantized "
             f"already ({found.method}): leave the option out"
         )
-    return Quantization(asked, (Rule(EVERY_LAYER, Rounded(ROUNDED_BITS[asked])),))
+    layers = Rule(EVERY_LAYER, Rounded(ROUNDED_BITS[asked]))
+    return Quantization(asked, (HEAD_IN_FLOATS, layers), head=Rounded(HEAD_BITS))
 
 
 def parse_quantization(raw: dict[str, Any]) -> Quantization | None:
@@ -128,9 +134,6 @@ def _gptq(settings: dict[str, Any]) -> list[Rule]:
     if not settings.get("lm_head", False):
         rules.append(HEAD_IN_FLOATS)
     return [*rules, Rule(EVERY_LAYER, _gptq_layer(settings))]
-
-
-HEAD_IN_FLOATS = Rule(re.compile("^lm_head$"), None)
 
 
 def _gptq_layer(settings: dict[str, Any]) -> Gptq:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from quire.kernels.quantized import quantize
 
 if TYPE_CHECKING:
+    import torch
+
     from quire.engine.models.weights import Weights
     from quire.engine.quantization.format import Part
     from quire.kernels.quantized import QuantizedWeight
@@ -25,5 +27,8 @@ class Rounded:
 
     def read(self, weights: Weights, name: str, part: Part) -> QuantizedWeight:
         """The matrix of the layer `name`."""
-        weight = weights.take(f"{name}.weight", part.rows, part.columns)
+        return self.round(weights.take(f"{name}.weight", part.rows, part.columns))
+
+    def round(self, weight: torch.Tensor) -> QuantizedWeight:
+        """A float matrix as integers."""
         return quantize(weight, self.bits, self.group_size or weight.shape[1])
