@@ -11,7 +11,7 @@ The cache is in `KvOrder.PLAIN`. The residual stream is float32 [T, H], as on th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -21,15 +21,18 @@ import torch.nn.functional as F
 from quire.kernels.group import ALONE, part_of
 from quire.kernels.layout import KvLayout, KvOrder
 from quire.kernels.ops import Rope
+from quire.kernels.quantized import split_kinds, stack
 from quire.kernels.reference import LayerCache, cache_slots
 from quire.kernels.staging import Staging
 from quire.kernels.torch_kernels import TorchKernels
+from quire.kernels.torch_quantized import StoredQuantized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quire.kernels.group import Group
     from quire.kernels.ops import AttentionShape, StepInputs
+    from quire.kernels.quantized import Matrix
     from quire.kernels.reference import QkNorms
     from quire.kernels.sampling import SamplingBatch
 
@@ -51,6 +54,10 @@ class PackedTable(PackedLinear):
 
     first: int = 0
     vocabulary: int = 0
+
+
+AnyLinear = PackedLinear | StoredQuantized
+AnyTable = PackedTable | StoredQuantized
 
 
 @dataclass(frozen=True)
@@ -186,21 +193,26 @@ class TorchOps:
     # --- load time --------------------------------------------------------------------------------
 
     def pack_linear(
-        self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
-    ) -> PackedLinear:
+        self, weights: Sequence[Matrix], bias: Sequence[torch.Tensor | None]
+    ) -> AnyLinear:
         """Stack [N_i, K] matrices along N. A missing bias beside a present one counts as zero."""
-        weight = self._own(torch.cat(list(weights)))
         if all(b is None for b in bias):
-            return PackedLinear(weight)
+            return self._pack(weights)
         rows = [
-            torch.zeros(w.shape[0]) if b is None else b.float()
+            torch.zeros(len(w)) if b is None else b.float()
             for w, b in zip(weights, bias, strict=True)
         ]
-        return PackedLinear(weight, self._own(torch.cat(rows)))
+        return self._pack(weights, self._own(torch.cat(rows)))
 
-    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> PackedLinear:
+    def pack_gate_up(self, gate: Matrix, up: Matrix) -> AnyLinear:
         """Stack two [I, K] matrices: [2 I, K], gate first."""
-        return PackedLinear(self._own(torch.cat([gate, up])))
+        return self._pack([gate, up])
+
+    def _pack(self, weights: Sequence[Matrix], bias: torch.Tensor | None = None) -> AnyLinear:
+        floats, integers = split_kinds(weights)
+        if integers:
+            return StoredQuantized.of(stack(integers), bias, self.dtype, self.device)
+        return PackedLinear(self._own(torch.cat(floats)), bias)
 
     def pack_embedding(self, table: torch.Tensor, vocabulary: int | None = None) -> PackedTable:
         """A [V, H] table for `embed` and `logits`, or this rank's rows of `vocabulary` in all."""
@@ -211,6 +223,15 @@ class TorchOps:
         return PackedTable(
             self._own(F.pad(table, (0, 0, 0, missing))), first=own.start, vocabulary=total
         )
+
+    def pack_head(self, matrix: Matrix, vocabulary: int | None = None) -> AnyTable:
+        """A [V, H] matrix for `logits`, or this rank's rows of `vocabulary` in all."""
+        if isinstance(matrix, torch.Tensor):
+            return self.pack_embedding(matrix, vocabulary)
+        total = len(matrix) if vocabulary is None else vocabulary
+        missing = len(part_of(total, 0, self.group.size)) - len(matrix)
+        packed = StoredQuantized.of(matrix.padded(missing), None, self.dtype, self.device)
+        return replace(packed, vocabulary=total)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
@@ -262,17 +283,17 @@ class TorchOps:
         """Normalise the residual stream in float32; result [rows, H] in the model's dtype."""
         return self.kernels.rms_norm(x, self._here(weight), eps, self.dtype)
 
-    def linear(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, w: AnyLinear) -> torch.Tensor:
         """x [rows, K] @ w.T + bias: [rows, N]."""
         return F.linear(x, w.weight, w.bias)
 
-    def linear_add(self, x: torch.Tensor, w: PackedLinear, residual: Residual) -> Residual:
+    def linear_add(self, x: torch.Tensor, w: AnyLinear, residual: Residual) -> Residual:
         """Add x @ w.T + bias to the residual [rows, N]: when the next norm reads it."""
         product = F.linear(x, w.weight, w.bias)
         whole = product if self.group.size == 1 else self.group.sum(product)
         return Residual(residual.settle(), whole)
 
-    def gate_up_silu(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
+    def gate_up_silu(self, x: torch.Tensor, w: AnyLinear) -> torch.Tensor:
         """silu(x @ gate.T) * (x @ up.T): [rows, I]."""
         return self.kernels.silu_mul(F.linear(x, w.weight))
 
@@ -302,19 +323,20 @@ class TorchOps:
         rows = self.step.logit_rows
         return Residual(x.stream[rows], None if x.product is None else x.product[rows])
 
-    def logits(self, x: torch.Tensor, w: PackedTable) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, w: AnyTable) -> torch.Tensor:
         """x [R, H] @ w.T in float32: [R, V]; on ranks beyond the first this rank's columns."""
         return self.group.join(self._logits(x, w))[:, : w.vocabulary]
 
-    def _logits(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
-        if w.weight.dtype == torch.float32:
-            return F.linear(x, w.weight)
+    def _logits(self, x: torch.Tensor, w: AnyTable) -> torch.Tensor:
+        weight = w.weight
+        if weight.dtype == torch.float32:
+            return F.linear(x, weight)
         if x.is_cuda:
-            return torch.mm(x, w.weight.T, out_dtype=torch.float32)
+            return torch.mm(x, weight.T, out_dtype=torch.float32)
         # CPU matmuls round their result to bf16, which would tie many logits: widen the weights
-        out = torch.empty(x.shape[0], w.weight.shape[0])
-        rows = max(1, LOGIT_CHUNK // w.weight.shape[1])
-        for start in range(0, w.weight.shape[0], rows):
-            part = w.weight[start : start + rows].float()
+        out = torch.empty(x.shape[0], weight.shape[0])
+        rows = max(1, LOGIT_CHUNK // weight.shape[1])
+        for start in range(0, weight.shape[0], rows):
+            part = weight[start : start + rows].float()
             torch.mm(x.float(), part.T, out=out[:, start : start + rows])
         return out

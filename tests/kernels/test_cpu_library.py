@@ -39,7 +39,10 @@ def environment(**extra: str) -> dict[str, str]:
 @pytest.mark.skipif("QUIRE_CPU_ISA" in os.environ, reason="run once, from the best one")
 @pytest.mark.parametrize("isa", cpu.available_isas()[:-1])
 def test_other_instruction_sets_pass_the_same_tests(isa):
-    files = [str(HERE / name) for name in ("test_cpu_ops.py", "test_cpu_invariance.py")]
+    files = [
+        str(HERE / name)
+        for name in ("test_cpu_ops.py", "test_cpu_invariance.py", "test_cpu_quantized.py")
+    ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
         cwd=ROOT,

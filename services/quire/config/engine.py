@@ -20,6 +20,14 @@ class EngineConfig:
     """Branch, tag or commit of a Hugging Face model."""
     dtype: str = option("auto", "model", choices=("auto", "float32", "bfloat16", "float16"))
     """Compute type: auto (the checkpoint's), float32, bfloat16 or float16."""
+    quantization: str = option(
+        "auto", "model", aliases=("-q",),
+        choices=("auto", "int8", "int4", "gptq", "gptq_marlin", "awq", "awq_marlin",
+                 "compressed-tensors"),
+    )  # fmt: skip
+    """auto takes what the checkpoint says. int8 and int4 round the weights of a checkpoint of
+    floats while it loads, in groups of 128. The others name a format that the checkpoint must
+    have."""
     load_format: str = option("auto", "model", choices=("auto", "dummy"))
     """auto reads safetensors; dummy fills random weights (for benchmarks)."""
     device: str = option("auto", "model", choices=("auto", "cpu", "cuda"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from quire.engine.models.config import UnsupportedModel
+from quire.engine.models.errors import UnsupportedModel
 from quire.kernels.ops import Rope
 
 if TYPE_CHECKING:

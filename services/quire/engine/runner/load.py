@@ -16,6 +16,7 @@ from quire.engine.models.llama import Llama, weight_shapes
 from quire.engine.models.partition import check_degree
 from quire.engine.models.source import CHECKPOINT_FILES, fingerprint
 from quire.engine.models.weights import DummyWeights, SafetensorsWeights
+from quire.engine.quantization.config import choose
 from quire.engine.request import BLOCK_SIZE
 from quire.engine.runner import memory
 from quire.engine.runner.backend import Backend, CpuBackend, StepLimits, TorchBackend
@@ -100,7 +101,7 @@ class ModelChoice:
     def fingerprint(self) -> bytes:
         """Of the files, or of the random weights: equal on every host that has the same."""
         dummy_seed = self.options.seed if self.options.load_format == "dummy" else None
-        return fingerprint(self.folder, self.dtype, dummy_seed)
+        return fingerprint(self.folder, self.dtype, _method(self.config), dummy_seed)
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,23 @@ def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
 def find_model(config: EngineConfig) -> ModelChoice:
     """Resolve the model's files and check the options against it. Raises ValueError."""
     folder = locate(config.model, config.revision, CHECKPOINT_FILES)
-    model = read_config(folder)
+    model = _quantized(config, read_config(folder))
     check_degree(model, config.tensor_parallel_size)
     max_model_len = _max_model_len(config, model)
     limits = _limits(config, max_model_len)
     return ModelChoice(config, folder, model, _dtype(config, model), max_model_len, limits)
+
+
+def _quantized(config: EngineConfig, model: ModelConfig) -> ModelConfig:
+    """The model as --quantization and --load-format want its weights. Raises ValueError."""
+    chosen = choose(config.quantization, model.quantization)
+    if chosen is not None and config.load_format == "dummy":
+        chosen = chosen.as_rounded()
+    return replace(model, quantization=chosen)
+
+
+def _method(model: ModelConfig) -> str:
+    return "none" if model.quantization is None else model.quantization.method
 
 
 def load_rank(choice: ModelChoice, place: Place, report: Report) -> LoadedRank:
