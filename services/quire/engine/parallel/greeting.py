@@ -32,7 +32,7 @@ def introduce(channel: Channel, secret: str, **who: int) -> str:
     channel.set_timeout(HELLO_S)
     mine = secrets.token_bytes(NONCE_BYTES)
     channel.send_json(Kind.HELLO, {**who, "version": quire.__version__, "nonce": mine.hex()})
-    kind, payload = channel.receive()
+    kind, payload = channel.receive(max_bytes=4096)
     if kind is Kind.FAILED:
         raise Refused(payload.decode(errors="replace")[:500])
     reply = channel.parse(kind, payload, Kind.PROOF)
