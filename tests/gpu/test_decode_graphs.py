@@ -18,6 +18,8 @@ from quire.engine.runner.graphs import bucket_sizes, is_decode, pad_decode
 
 pytest.importorskip("triton")
 
+# where there is a GPU, these are its tests
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 LIMITS = StepLimits(max_tokens=64, max_seqs=5, max_blocks_per_seq=8, max_logit_rows=16)
 NUM_BLOCKS = 12
 TABLES = [[3, 9], [7], [0, 11], [8], [1]]

@@ -17,6 +17,8 @@ from loadtest.shapes import describe
 
 from quire.engine.models.config import read_config
 
+# where there is a GPU, these are its tests
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 TOY = replace(
     FULL,
     device="cuda" if torch.cuda.is_available() else "cpu",

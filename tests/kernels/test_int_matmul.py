@@ -11,6 +11,8 @@ from quire.kernels.triton.int_matmul import dequantize, int_matmul, pack_int  # 
 from quire.kernels.triton.tuned import MatmulTiling  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# where there is a GPU, these are its tests
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "float16": 4e-3}
 
 

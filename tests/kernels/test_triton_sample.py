@@ -16,6 +16,8 @@ from quire.kernels.staging import Staging  # noqa: E402
 from quire.kernels.triton import sample  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# where there is a GPU, these are its tests
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 INF = float("inf")
 
 
