@@ -34,7 +34,7 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20)
         end.record()
         pairs.append((begin, end))
     torch.cuda.synchronize(device)
-    return float(median(begin.elapsed_time(end) / 1e3 for begin, end in pairs))
+    return median(float(begin.elapsed_time(end)) / 1e3 for begin, end in pairs)
 
 
 def _host_seconds(work: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import asdict
 from itertools import product
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ CONTEXT = (8192, 32)
 """Tokens and sequences that attention is tuned on."""
 GROUP = 128
 T = TypeVar("T")
+MakeAttention: TypeAlias = "Callable[[Tiling | None], Callable[[], object]]"
 
 
 def attention_tilings() -> list[Tiling]:
@@ -87,7 +88,7 @@ def decode_step(lengths: Sequence[int]) -> StepInputs:
 
 def attention_work(
     heads: tuple[int, int, int], lengths: Sequence[int], device: torch.device
-) -> tuple[AttentionShape, Callable[[Tiling | None], Callable[[], object]]]:
+) -> tuple[AttentionShape, MakeAttention]:
     """Attention of a decode step over one layer's cache: bf16, every block its own memory.
 
     Returns the shape, and what makes the work for a tiling (None for the table's).
@@ -121,10 +122,10 @@ def tune(device: torch.device) -> dict[str, dict[str, Any]]:
     for heads in HEADS:
         shape, make = attention_work(heads, [CONTEXT[0]] * CONTEXT[1], device)
 
-        def run(t: Tiling, make: Callable[[Tiling], Callable[[], object]] = make) -> float:
+        def attend(t: Tiling, make: MakeAttention = make) -> float:
             return seconds(make(t), device)
 
-        tiling, took = fastest(attention_tilings(), run)
+        tiling, took = fastest(attention_tilings(), attend)
         key = attention_key(shape, 2)
         attention[key] = asdict(tiling)
         print(f"{key}: {1e6 * took:.1f} us, {tiling}", flush=True)
