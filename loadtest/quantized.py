@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from quire.llm import LLM
 
-METHODS = ("auto", "int8", "int4")
+METHODS = ("float", "int8", "int4")
 """The first one is what the others are divided by."""
 PROMPT_LEN = 8
 
@@ -127,7 +127,10 @@ def main(argv: Sequence[str]) -> int:
         "kv_cache_memory_bytes": 1 << 28,
         "enable_prefix_caching": False,
     }
-    engines = {method: LLM(options.model, quantization=method, **limits) for method in METHODS}
+    engines = {
+        method: LLM(options.model, quantization=None if method == METHODS[0] else method, **limits)
+        for method in METHODS
+    }
     rows = measure(engines, options)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

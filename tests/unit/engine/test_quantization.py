@@ -10,6 +10,7 @@ import torch
 from engines import model_config
 from quantized_checkpoints import KINDS, Layer, as_int32, pack_rows
 
+from quire.config.engine import EngineConfig
 from quire.engine.models.errors import UnsupportedModel
 from quire.engine.models.partition import check_degree
 from quire.engine.quantization.config import choose, parse_quantization
@@ -208,8 +209,8 @@ def test_a_head_is_quantized_where_the_checkpoint_says_so():
 
 def test_the_option_and_the_checkpoint_must_agree():
     found = parse_quantization({"quantization_config": BY_NAME["gptq4"].config})
-    assert choose("auto", None) is None
-    assert choose("auto", found) is found
+    assert choose(None, None) is None
+    assert choose(None, found) is found
     assert choose("gptq", found) is found
     assert choose("gptq_marlin", found) is found
     with pytest.raises(ValueError, match="the checkpoint is in gptq; leave the option out"):
@@ -220,6 +221,12 @@ def test_the_option_and_the_checkpoint_must_agree():
         choose("int8", found)
     assert choose("int4", None).format_of(NAME).bits == 4
     assert choose("int4", None).format_of("lm_head") is None
+
+
+def test_an_unknown_option_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"one of int8, int4, gptq.*, not 'fp8'"):
+        EngineConfig(quantization="fp8")
+    assert EngineConfig(quantization=None).quantization is None
 
 
 def test_degrees_that_would_cut_a_group_are_refused():

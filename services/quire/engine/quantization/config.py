@@ -64,9 +64,9 @@ HEAD_BITS = 8
 """With --quantization int8 and int4: four bits cost a head more than they gain it."""
 
 
-def choose(asked: str, found: Quantization | None) -> Quantization | None:
+def choose(asked: str | None, found: Quantization | None) -> Quantization | None:
     """What --quantization and the checkpoint make together. Raises ValueError when they differ."""
-    if asked == "auto":
+    if asked is None:
         return found
     if asked not in ROUNDED_BITS:
         method = asked.removesuffix("_marlin")
