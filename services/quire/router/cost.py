@@ -127,8 +127,7 @@ def exposed_transfer(query: RouteQuery, pods: Endpoints, prefill: int, prices: P
 def pair_rates(pods: Endpoints, prefill: int) -> Floats:
     """Bytes per second from one pod to each other one."""
     rates = pods.receive_bytes_per_s
-    measured = {d: rate for (p, d), rate in pods.pair_bytes_per_s.items() if p == prefill}
-    if measured:
+    if measured := pods.pair_bytes_per_s.get(prefill):
         rates = rates.copy()
         rates[list(measured)] = list(measured.values())
     return rates

@@ -6,7 +6,8 @@ by slot. It is a snapshot for one decision: frozen, and no policy writes to its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     Flags = NDArray[np.bool]
+    PairRates = Mapping[int, Mapping[int, float]]
+    """Prefill slot -> decode slot -> bytes per second that were measured."""
 
 BLOCK_SIZE = 16
-NO_RATES: Mapping[tuple[int, int], float] = {}
+NO_RATES: PairRates = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +94,7 @@ class Endpoints:
     bytes_per_token: Floats
     receive_bytes_per_s: Floats
     cached_tokens: Floats
-    pair_bytes_per_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
-    """(prefill slot, decode slot) -> measured push rate."""
+    pair_bytes_per_s: PairRates = NO_RATES
 
     def __len__(self) -> int:
         return len(self.serving)
@@ -101,7 +103,7 @@ class Endpoints:
     def of(
         cls,
         endpoints: Sequence[Endpoint],
-        pair_bytes_per_s: Mapping[tuple[int, int], float] = NO_RATES,
+        pair_bytes_per_s: PairRates = NO_RATES,
     ) -> Endpoints:
         """The same pods as columns."""
         columns = {f.name: column([getattr(e, f.name) for e in endpoints]) for f in COLUMNS}
@@ -123,14 +125,11 @@ class Endpoints:
         """The pods in some slots, renumbered from 0, each slot once or more."""
         columns = {f.name: getattr(self, f.name)[slots] for f in COLUMNS}
         wanted = slots.tolist()
-        pairs = NO_RATES
-        if self.pair_bytes_per_s:
-            pairs = {
-                (i, j): self.pair_bytes_per_s[p, d]
-                for i, p in enumerate(wanted)
-                for j, d in enumerate(wanted)
-                if (p, d) in self.pair_bytes_per_s
-            }
+        pairs = {
+            i: {j: measured[d] for j, d in enumerate(wanted) if d in measured}
+            for i, p in enumerate(wanted)
+            if (measured := self.pair_bytes_per_s.get(p))
+        }
         return Endpoints(
             pods=[self.pods[slot] for slot in wanted],
             model_names=self.model_names,

@@ -10,7 +10,7 @@ reports too, and a router that only sees its own picks is corrected by every rep
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ class Fleet:
         """Slot -> pod id, "" where free."""
         self._free: list[int] = []
         self._models: list[str] = []
-        self._pairs: dict[tuple[int, int], float] = {}
+        self._pairs: defaultdict[int, dict[int, float]] = defaultdict(dict)
         self._pair_names: dict[tuple[str, str], float] = {}
         self._columns = {f.name: _column(f.name, 0) for f in COLUMNS}
         self._model = np.zeros(0, np.int32)
@@ -130,7 +130,9 @@ class Fleet:
             measured[pod.slot] = False
         self._names[pod.slot] = ""
         self._free.append(pod.slot)
-        self._pairs = {pair: r for pair, r in self._pairs.items() if pod.slot not in pair}
+        self._pairs.pop(pod.slot, None)
+        for rates in self._pairs.values():
+            rates.pop(pod.slot, None)
 
     def disconnect(self, pod_id: str) -> None:
         """The connection broke: no requests for now, but the cache may still be there."""
@@ -188,7 +190,7 @@ class Fleet:
         for peer, rate in load.transfer_rates:
             self._pair_names[peer, pod_id] = rate
             if (other := self.pods.get(peer)) is not None:
-                self._pairs[other.slot, slot] = rate
+                self._pairs[other.slot][slot] = rate
 
     def _measure(self, slot: int, name: str, value: float) -> None:
         """A rate that a pod measured, 0 for not yet. Pods of the same model that have measured none
@@ -350,7 +352,7 @@ class Fleet:
         self._trust[slot] = 1.0
         for (peer, receiver), rate in self._pair_names.items():
             if model.pod in (peer, receiver) and peer in self.pods and receiver in self.pods:
-                self._pairs[self.pods[peer].slot, self.pods[receiver].slot] = rate
+                self._pairs[self.pods[peer].slot][self.pods[receiver].slot] = rate
 
 
 RATES = ("prefill_tokens_per_s", "itl_s", "itl_slope_s")

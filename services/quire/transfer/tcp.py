@@ -59,7 +59,7 @@ class TcpChannel:
         self._leaving: list[memoryview] = []
         """What the kernel does not have yet."""
         self._flushed: asyncio.Future[None] | None = None
-        self._low_water = 0
+        self._low_water = 1
 
     # ---- Channel
 
@@ -139,7 +139,7 @@ class TcpChannel:
                     return
             self._loop.call_soon(self._read)  # what TLS has decrypted does not wake the loop
         except BLOCKED:
-            return
+            self._sleep()
         except (FrameError, OSError) as error:
             self._end(str(error) or type(error).__name__)
 
@@ -156,16 +156,17 @@ class TcpChannel:
             self._end("the peer ended the connection")
             return False
         self._intake.advance(count)
-        if count >= room:
-            return True
-        self._sleep_until(min(self._intake.missing, LOW_WATER_BYTES))
-        return False
+        if count < room:
+            self._sleep()
+        return count >= room
 
-    def _sleep_until(self, num_bytes: int) -> None:
-        """Have the loop woken when so much has arrived, not for every packet."""
-        if num_bytes != self._low_water and not self._is_tls:
-            self._low_water = num_bytes
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(num_bytes, 1))
+    def _sleep(self) -> None:
+        """Before the loop waits for more: have it woken for what is worth it, not each packet."""
+        assert self._intake is not None
+        low_water = max(min(self._intake.missing, LOW_WATER_BYTES), 1)
+        if low_water != self._low_water and not (self._is_tls or self._why):
+            self._low_water = low_water
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
 
     def _end(self, why: str) -> None:
         if self._why:

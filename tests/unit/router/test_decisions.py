@@ -141,7 +141,7 @@ def test_a_role_can_be_flipped_gradually() -> None:
 
 
 def test_a_measured_pair_replaces_the_general_rate() -> None:
-    columns = Endpoints.of([pod("p"), pod("d"), pod("e")], {(0, 1): 5.0})
+    columns = Endpoints.of([pod("p"), pod("d"), pod("e")], {0: {1: 5.0}})
     assert c.pair_rates(columns, 0).tolist() == [1e9, 5.0, 1e9]
     assert c.pair_rates(columns, 2).tolist() == [1e9, 1e9, 1e9]
 
