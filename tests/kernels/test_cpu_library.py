@@ -72,10 +72,7 @@ def test_a_missing_library_is_reported_as_unavailable(monkeypatch, tmp_path):
 
 
 def test_importing_the_package_loads_no_library():
-    code = (
-        "import sys; import quire.kernels.cpu as cpu; assert 'torch' not in sys.modules;"
-        "assert cpu.load.cache_info().currsize == 0"
-    )
+    code = "import quire.kernels.cpu as cpu; assert cpu.load.cache_info().currsize == 0"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
 
 
