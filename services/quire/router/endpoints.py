@@ -6,8 +6,7 @@ by slot. It is a snapshot for one decision: frozen, and no policy writes to its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from types import MappingProxyType
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     """Prefill slot -> decode slot -> bytes per second that were measured."""
 
 BLOCK_SIZE = 16
-NO_RATES: PairRates = MappingProxyType({})
+NO_RATES: PairRates = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ class Endpoints:
     bytes_per_token: Floats
     receive_bytes_per_s: Floats
     cached_tokens: Floats
-    pair_bytes_per_s: PairRates = NO_RATES
+    pair_bytes_per_s: PairRates = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.serving)
