@@ -45,8 +45,8 @@ _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_FLAGS = {
     "avx2": _AVX2,
     "avx512": _AVX512,
-    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
-    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512_bf16": [*_AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "amx": [*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 WITHOUT_LIBRARY = """

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from quire.kernels.quantized import Matrix
+
 Value = Any
 """An activation: a torch tensor (eager) or a handle to a static buffer (recording)."""
 
@@ -83,12 +85,13 @@ class Rope:
 class Ops(Protocol):
     """Fused operations; `pack_*` at load time, the rest while the model runs or is recorded."""
 
-    def pack_linear(
-        self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
-    ) -> Linear:
-        """Stack [N_i, K] matrices along N (fused QKV is one call) into one packed [N, K]."""
+    def pack_linear(self, weights: Sequence[Matrix], bias: Sequence[torch.Tensor | None]) -> Linear:
+        """Stack [N_i, K] matrices along N (fused QKV is one call) into one packed [N, K].
 
-    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Linear:
+        All floats, or all integers that were quantized alike (`quantized.QuantizedWeight`).
+        """
+
+    def pack_gate_up(self, gate: Matrix, up: Matrix) -> Linear:
         """Pack two [I, K] matrices for `gate_up_silu`."""
 
     def pack_embedding(self, table: torch.Tensor, vocabulary: int | None = None) -> Linear:
@@ -96,6 +99,9 @@ class Ops(Protocol):
 
         In a group: this rank's `group.part_of` the rows of a table of `vocabulary` rows.
         """
+
+    def pack_head(self, matrix: Matrix, vocabulary: int | None = None) -> Linear:
+        """Pack a [V, H] matrix for `logits` alone, of floats or of integers."""
 
     def embed(self, table: Linear) -> Value:
         """Rows of the table for the step's token ids: [T, H] residual stream."""

@@ -8,16 +8,18 @@ sequence's context, Q rows of one sequence, nh/nkv query and KV heads, hd head s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from quire.kernels.layout import BLOCK_SIZE, KvLayout, KvOrder
+from quire.kernels.quantized import dequantize
 
 if TYPE_CHECKING:
     from quire.kernels.ops import AttentionShape, Rope, StepInputs
+    from quire.kernels.quantized import QuantizedWeight
 
 QkNorms = tuple[torch.Tensor, torch.Tensor, float]
 """q_norm [hd], k_norm [hd], eps: RMS normalisation of each head, before the rotation."""
@@ -42,6 +44,29 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     x = widen(x)
     out = x @ weight.to(x.dtype).T
     return out if bias is None else out + bias.to(x.dtype)
+
+
+def fixed_point(x: torch.Tensor, block: int) -> torch.Tensor:
+    """The multiples of a power of two that x [rows, K] is rounded to before it meets integers.
+
+    Each block of a row has its own power, which makes its largest element 2^14 .. 2^15 of them.
+    """
+    x = widen(x)
+    k = x.shape[-1]
+    # [rows, blocks, block]
+    blocks = torch.nn.functional.pad(x, (0, -k % block)).view(len(x), -1, block)
+    largest = blocks.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    _, exponent = torch.frexp(largest)
+    unit = torch.ldexp(torch.ones_like(largest), exponent - 15)
+    multiples = (blocks / unit).round().clamp(-(2**15), 2**15 - 1)
+    return (multiples * unit).flatten(1)[:, :k]
+
+
+def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, block: int) -> torch.Tensor:
+    """x [rows, K] as fixed point times the matrix [N, K] that integers stand for: [rows, N]."""
+    if weight.order is not None:
+        x, weight = x[:, weight.order], replace(weight, order=None)
+    return linear(fixed_point(x, block), dequantize(weight))
 
 
 def gate_up_silu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

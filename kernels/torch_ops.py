@@ -11,7 +11,7 @@ The cache is in `KvOrder.PLAIN`. The residual stream is float32 [T, H], as on th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,16 +19,22 @@ import torch
 import torch.nn.functional as F
 
 from quire.kernels.group import ALONE, part_of
-from quire.kernels.layout import BLOCK_SIZE, KvLayout, KvOrder
+from quire.kernels.layout import KvLayout, KvOrder
 from quire.kernels.ops import Rope
-from quire.kernels.reference import LayerCache, cache_slots, norm_and_rotate
+from quire.kernels.quantized import split_kinds, stack
+from quire.kernels.reference import LayerCache, cache_slots
+from quire.kernels.staging import Staging
+from quire.kernels.torch_kernels import TorchKernels
+from quire.kernels.torch_quantized import StoredQuantized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quire.kernels.group import Group
     from quire.kernels.ops import AttentionShape, StepInputs
+    from quire.kernels.quantized import Matrix
     from quire.kernels.reference import QkNorms
+    from quire.kernels.sampling import SamplingBatch
 
 LOGIT_CHUNK = 1 << 20
 """Weights converted to float32 at a time for logits on CPU: what stays in a core's cache."""
@@ -50,22 +56,28 @@ class PackedTable(PackedLinear):
     vocabulary: int = 0
 
 
+AnyLinear = PackedLinear | StoredQuantized
+AnyTable = PackedTable | StoredQuantized
+
+
 @dataclass(frozen=True)
 class Step:
-    """The arrays of one step: int32 and int64 on the device, and the originals for host loops."""
+    """The arrays of one step: int32 on the device, and the originals for what the host decides."""
 
-    inputs: StepInputs
+    inputs: StepInputs | None
+    """None where the arrays are static buffers, whose values are not known when a graph is captured
+    over them: then every sequence has one row."""
     token_ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
-    block: torch.Tensor  # [T] int64, block of the pool each row is written to
-    slot: torch.Tensor  # [T] int64, slot in that block
+    block: torch.Tensor  # [T] block of the pool each row is written to
+    slot: torch.Tensor  # [T] slot in that block
     logit_rows: torch.Tensor  # [R]
     block_tables: torch.Tensor  # [S, B]
     plans: dict[object, object] = field(default_factory=dict)
     """What the kernels derive from the arrays once per step and share between layers."""
 
     @classmethod
-    def of(cls, inputs: StepInputs, device: torch.device) -> Step:
+    def of(cls, inputs: StepInputs, staging: Staging) -> Step:
         """Move the arrays in one transfer; the views below are slices of it."""
         _, block, slot = cache_slots(inputs)
         parts = [
@@ -74,20 +86,32 @@ class Step:
             block,
             slot,
             inputs.logit_rows,
-            inputs.block_tables.reshape(-1),
+            inputs.block_tables,
         ]
-        flat = torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device)
-        sizes = [part.size for part in parts]
-        tokens, positions, blocks, slots, logit_rows, tables = torch.split(flat, sizes)
-        return cls(
-            inputs,
-            tokens,
-            positions,
-            blocks.long(),
-            slots.long(),
-            logit_rows,
-            tables.view(inputs.block_tables.shape),
-        )
+        tokens, positions, blocks, slots, logit_rows, tables = staging.put(parts)
+        return cls(inputs, tokens, positions, blocks, slots, logit_rows, tables)
+
+    @property
+    def host(self) -> StepInputs:
+        """The originals. Raises RuntimeError on a step over static buffers."""
+        if self.inputs is None:
+            raise RuntimeError("these kernels read the step on the host: they cannot be captured")
+        return self.inputs
+
+
+@dataclass
+class Residual:
+    """The residual stream, and a product that the next norm adds to it while it reads both."""
+
+    stream: torch.Tensor  # [rows, H] float32
+    product: torch.Tensor | None = None  # [rows, H]
+
+    def settle(self) -> torch.Tensor:
+        """The stream with the product in it."""
+        if self.product is not None:
+            self.stream += self.product
+            self.product = None
+        return self.stream
 
 
 @dataclass(frozen=True)
@@ -103,9 +127,12 @@ class StepKernels(Protocol):
     """The operations with a hand-written form on some device."""
 
     def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+        self, x: Residual, weight: torch.Tensor, eps: float, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Normalise the last dimension in float32; result in `dtype`."""
+        """Settle x, and normalise it in float32; result [rows, H] in `dtype`."""
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [rows, 2 I], gate first: [rows, I]."""
 
     def rope_and_cache(
         self, qkv: torch.Tensor, cache: LayerCache, step: Step, rule: HeadRule
@@ -116,6 +143,9 @@ class StepKernels(Protocol):
         self, q: torch.Tensor, cache: LayerCache, step: Step, shape: AttentionShape
     ) -> torch.Tensor:
         """Attention of q [T, nh, hd] over the cache: [T, nh, hd]."""
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch, staging: Staging) -> torch.Tensor:
+        """Draw tokens of logits [R, V]: int32 [2, N], token and whether there was none to draw."""
 
 
 def step_kernels(use_triton: bool) -> StepKernels:
@@ -156,27 +186,33 @@ class TorchOps:
             (num_blocks, *layout.block_shape), dtype=self.dtype, device=self.device
         )
         self.device = self.pool.device  # with its index
+        self.staging = Staging(self.device)
         self._step: Step | None = None
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     # --- load time --------------------------------------------------------------------------------
 
     def pack_linear(
-        self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
-    ) -> PackedLinear:
+        self, weights: Sequence[Matrix], bias: Sequence[torch.Tensor | None]
+    ) -> AnyLinear:
         """Stack [N_i, K] matrices along N. A missing bias beside a present one counts as zero."""
-        weight = self._own(torch.cat(list(weights)))
         if all(b is None for b in bias):
-            return PackedLinear(weight)
+            return self._pack(weights)
         rows = [
-            torch.zeros(w.shape[0]) if b is None else b.float()
+            torch.zeros(len(w)) if b is None else b.float()
             for w, b in zip(weights, bias, strict=True)
         ]
-        return PackedLinear(weight, self._own(torch.cat(rows)))
+        return self._pack(weights, self._own(torch.cat(rows)))
 
-    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> PackedLinear:
+    def pack_gate_up(self, gate: Matrix, up: Matrix) -> AnyLinear:
         """Stack two [I, K] matrices: [2 I, K], gate first."""
-        return PackedLinear(self._own(torch.cat([gate, up])))
+        return self._pack([gate, up])
+
+    def _pack(self, weights: Sequence[Matrix], bias: torch.Tensor | None = None) -> AnyLinear:
+        floats, integers = split_kinds(weights)
+        if integers:
+            return StoredQuantized.of(stack(integers), bias, self.dtype, self.device)
+        return PackedLinear(self._own(torch.cat(floats)), bias)
 
     def pack_embedding(self, table: torch.Tensor, vocabulary: int | None = None) -> PackedTable:
         """A [V, H] table for `embed` and `logits`, or this rank's rows of `vocabulary` in all."""
@@ -187,6 +223,15 @@ class TorchOps:
         return PackedTable(
             self._own(F.pad(table, (0, 0, 0, missing))), first=own.start, vocabulary=total
         )
+
+    def pack_head(self, matrix: Matrix, vocabulary: int | None = None) -> AnyTable:
+        """A [V, H] matrix for `logits`, or this rank's rows of `vocabulary` in all."""
+        if isinstance(matrix, torch.Tensor):
+            return self.pack_embedding(matrix, vocabulary)
+        total = len(matrix) if vocabulary is None else vocabulary
+        missing = len(part_of(total, 0, self.group.size)) - len(matrix)
+        packed = StoredQuantized.of(matrix.padded(missing), None, self.dtype, self.device)
+        return replace(packed, vocabulary=total)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
@@ -211,7 +256,11 @@ class TorchOps:
 
     def begin(self, inputs: StepInputs) -> None:
         """Start a step: put its arrays on the device."""
-        self._step = Step.of(inputs, self.device)
+        self._step = Step.of(inputs, self.staging)
+
+    def begin_static(self, step: Step) -> None:
+        """Start a step over arrays that are on the device already."""
+        self._step = step
 
     def copy_blocks(self, pairs: np.ndarray) -> None:
         """Copy blocks, pairs [n, 2] of (source, destination), as if one after the other."""
@@ -221,32 +270,32 @@ class TorchOps:
         for part in torch.split(index, 1) if is_chained else (index,):
             self.pool[part[:, 1]] = self.pool[part[:, 0]]
 
-    def embed(self, table: PackedTable) -> torch.Tensor:
+    def embed(self, table: PackedTable) -> Residual:
         """Rows of the table for the step's tokens: float32 [T, H]."""
         if self.group.size == 1:
-            return F.embedding(self.step.token_ids, table.weight).float()
+            return Residual(F.embedding(self.step.token_ids, table.weight).float())
         ids = self.step.token_ids - table.first
         is_own = (ids >= 0) & (ids < len(table.weight))
         own = F.embedding(ids.where(is_own, 0), table.weight)
-        return self.group.sum(own.where(is_own[:, None], 0.0))
+        return Residual(self.group.sum(own.where(is_own[:, None], 0.0)))
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Normalise the last dimension in float32; result in the model's dtype."""
+    def rms_norm(self, x: Residual, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Normalise the residual stream in float32; result [rows, H] in the model's dtype."""
         return self.kernels.rms_norm(x, self._here(weight), eps, self.dtype)
 
-    def linear(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, w: AnyLinear) -> torch.Tensor:
         """x [rows, K] @ w.T + bias: [rows, N]."""
         return F.linear(x, w.weight, w.bias)
 
-    def linear_add(self, x: torch.Tensor, w: PackedLinear, residual: torch.Tensor) -> torch.Tensor:
-        """Add x @ w.T + bias to the float32 residual [rows, N], in place."""
+    def linear_add(self, x: torch.Tensor, w: AnyLinear, residual: Residual) -> Residual:
+        """Add x @ w.T + bias to the residual [rows, N]: when the next norm reads it."""
         product = F.linear(x, w.weight, w.bias)
-        return residual.add_(product if self.group.size == 1 else self.group.sum(product))
+        whole = product if self.group.size == 1 else self.group.sum(product)
+        return Residual(residual.settle(), whole)
 
-    def gate_up_silu(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
+    def gate_up_silu(self, x: torch.Tensor, w: AnyLinear) -> torch.Tensor:
         """silu(x @ gate.T) * (x @ up.T): [rows, I]."""
-        gate, up = F.linear(x, w.weight).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return self.kernels.silu_mul(F.linear(x, w.weight))
 
     def rope_and_cache(
         self,
@@ -269,86 +318,25 @@ class TorchOps:
     def _cache(self, layer: int) -> LayerCache:
         return LayerCache(self.pool, self.layout, layer)
 
-    def take_logit_rows(self, x: torch.Tensor) -> torch.Tensor:
+    def take_logit_rows(self, x: Residual) -> Residual:
         """The rows whose logits are wanted: [R, H]."""
-        return x[self.step.logit_rows]
+        rows = self.step.logit_rows
+        return Residual(x.stream[rows], None if x.product is None else x.product[rows])
 
-    def logits(self, x: torch.Tensor, w: PackedTable) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, w: AnyTable) -> torch.Tensor:
         """x [R, H] @ w.T in float32: [R, V]; on ranks beyond the first this rank's columns."""
         return self.group.join(self._logits(x, w))[:, : w.vocabulary]
 
-    def _logits(self, x: torch.Tensor, w: PackedLinear) -> torch.Tensor:
-        if w.weight.dtype == torch.float32:
-            return F.linear(x, w.weight)
+    def _logits(self, x: torch.Tensor, w: AnyTable) -> torch.Tensor:
+        weight = w.weight
+        if weight.dtype == torch.float32:
+            return F.linear(x, weight)
         if x.is_cuda:
-            return torch.mm(x, w.weight.T, out_dtype=torch.float32)
+            return torch.mm(x, weight.T, out_dtype=torch.float32)
         # CPU matmuls round their result to bf16, which would tie many logits: widen the weights
-        out = torch.empty(x.shape[0], w.weight.shape[0])
-        rows = max(1, LOGIT_CHUNK // w.weight.shape[1])
-        for start in range(0, w.weight.shape[0], rows):
-            part = w.weight[start : start + rows].float()
+        out = torch.empty(x.shape[0], weight.shape[0])
+        rows = max(1, LOGIT_CHUNK // weight.shape[1])
+        for start in range(0, weight.shape[0], rows):
+            part = weight[start : start + rows].float()
             torch.mm(x.float(), part.T, out=out[:, start : start + rows])
         return out
-
-
-class TorchKernels:
-    """The fallback: vectorised torch, one sequence at a time in attention."""
-
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Normalise the last dimension in float32; result in `dtype`."""
-        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(dtype)
-
-    def rope_and_cache(
-        self, qkv: torch.Tensor, cache: LayerCache, step: Step, rule: HeadRule
-    ) -> torch.Tensor:
-        """Normalise and rotate q and k, write k and v to the cache: q [T, nh, hd]."""
-        q, k, v = norm_and_rotate(qkv, step.positions, rule.shape, rule.rope, rule.norms)
-        # [num_blocks, nkv, 2, 16, hd], a view of the pool
-        tiles = cache.pool[:, :, cache.layer].view(
-            cache.pool.shape[0], -1, 2, cache.layout.block_size, cache.layout.head_dim
-        )
-        tiles[step.block, :, 0, step.slot] = k.to(tiles.dtype)
-        tiles[step.block, :, 1, step.slot] = v.to(tiles.dtype)
-        return q.to(qkv.dtype)
-
-    def attention(
-        self, q: torch.Tensor, cache: LayerCache, step: Step, shape: AttentionShape
-    ) -> torch.Tensor:
-        """Attention of q [T, nh, hd] over the cache by torch's fused kernel: [T, nh, hd]."""
-        out = torch.empty_like(q)
-        inputs = step.inputs
-        for s, length in enumerate(inputs.context_lens.tolist()):
-            rows = slice(int(inputs.query_start[s]), int(inputs.query_start[s + 1]))
-            queries = range(length - (rows.stop - rows.start), length)
-            first_key = 0 if shape.window is None else max(0, queries.start - shape.window + 1)
-            first_block = first_key // BLOCK_SIZE
-            blocks = step.block_tables[s, first_block : -(-length // BLOCK_SIZE)].long()
-            # [blocks, nkv, 2, tile] -> [2, nkv, keys, hd]
-            kv = cache.pool[blocks, :, cache.layer]
-            kv = kv.view(len(blocks), -1, 2, BLOCK_SIZE, shape.head_dim).permute(2, 1, 0, 3, 4)
-            kv = kv.flatten(2, 3)[:, :, : length - first_block * BLOCK_SIZE]
-            # q [1, nh, Q, hd]
-            out[rows] = F.scaled_dot_product_attention(
-                q[None, rows].transpose(1, 2),
-                kv[None, 0],
-                kv[None, 1],
-                attn_mask=_visible(queries, first_block * BLOCK_SIZE, shape.window, q.device),
-                scale=shape.scale,
-                enable_gqa=shape.num_heads != shape.num_kv_heads,
-            )[0].transpose(0, 1)
-        return out
-
-
-def _visible(
-    queries: range, first_key: int, window: int | None, device: torch.device
-) -> torch.Tensor | None:
-    """Which of the keys [first_key, queries.stop) each query sees: bool [Q, keys], None for all."""
-    if len(queries) == 1 and (window is None or queries.start - first_key < window):
-        return None
-    # [Q, 1], [1, keys]
-    query_at = torch.arange(queries.start, queries.stop, device=device)[:, None]
-    key_at = torch.arange(first_key, queries.stop, device=device)[None]
-    visible = key_at <= query_at
-    return visible if window is None else visible & (key_at > query_at - window)

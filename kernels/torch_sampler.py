@@ -251,6 +251,12 @@ def sample(
     return tokens
 
 
+def draw(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """`sample` in one tensor, int32 [2, N]: the tokens, and where there was no candidate."""
+    invalid = torch.zeros(len(batch.rows), dtype=torch.bool, device=logits.device)
+    return torch.stack([sample(logits, batch, invalid), invalid.int()])
+
+
 class Logprobs(NamedTuple):
     """Log-probabilities of N draws under the unedited logits, and the k likeliest tokens."""
 

@@ -107,7 +107,7 @@ def endpoint_of(transport: str, block: int, on_event: Any) -> Endpoint:
     from quire.config.transfer import TransferConfig
     from quire.transfer.endpoint import Endpoint
     from quire.transfer.layout import BlockLayout, Shard
-    from quire.transfer.memory import PoolMemory
+    from quire.transfer.memory import HostMemory
     from quire.transfer.negotiate import Identity
     from quire.transfer.state import new_number
 
@@ -116,7 +116,7 @@ def endpoint_of(transport: str, block: int, on_event: Any) -> Endpoint:
     config = TransferConfig(kv_transports=(transport,))
     identity = Identity(layout, Shard(), "bench", new_number(), config.kv_heartbeat_s)
     pool = np.ones((POOL_BYTES // block, block), np.uint8)
-    return Endpoint(config, identity, PoolMemory(pool, block), on_event)
+    return Endpoint(config, identity, HostMemory(pool, block), on_event)
 
 
 class Receiving:

@@ -2,8 +2,9 @@
 
     python -m loadtest.shapes S M L --dir ~/.cache/quire-compare/models
 
-S is a 10.5 M Llama, M a 135 M Llama (SmolLM's shape), L a 0.6 B Qwen3. The tokenizer is the demo
-model's, filled up to the shape's vocabulary, so that every id is text in every engine.
+S is a 10.5 M Llama, M a 135 M Llama (SmolLM's shape), L a 0.6 B Qwen3, 8B the 8 B Llama 3.1. The
+tokenizer is the demo model's, filled up to the shape's vocabulary, so that every id is text in
+every engine.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "L": QWEN3
     | _sizes(1024, 28, (16, 8), 3072)
     | {"head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True},
+    # Llama 3.1's
+    "8B": LLAMA
+    | _sizes(4096, 32, (32, 8), 14336)
+    | {"head_dim": 128, "vocab_size": 128256, "rope_theta": 500000.0}
+    | {"tie_word_embeddings": False},
 }
 
 
@@ -73,11 +79,7 @@ def build(shape: str, folder: Path, seed: int = 0) -> Path:
     from quire.engine.models.llama import weight_shapes
     from quire.engine.models.weights import DummyWeights
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape], indent=1) + "\n")
-    generation = {"do_sample": False, **SPECIAL}
-    (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
-    _write_tokenizer(folder, SHAPES[shape]["vocab_size"])
+    describe(shape, folder)
     shapes = weight_shapes(read_config(folder))
     weights = DummyWeights(shapes, torch.bfloat16, seed)
     tensors = {name: weights.take(name) for name in shapes}
@@ -88,6 +90,16 @@ def build(shape: str, folder: Path, seed: int = 0) -> Path:
     unfinished = folder / "unfinished"
     save_file(tensors, unfinished, metadata={"format": "pt"})
     unfinished.rename(folder / "model.safetensors")
+    return folder
+
+
+def describe(shape: str, folder: Path) -> Path:
+    """Write the folder without weights, for `--load-format dummy`; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape], indent=1) + "\n")
+    generation = {"do_sample": False, **SPECIAL}
+    (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
+    _write_tokenizer(folder, SHAPES[shape]["vocab_size"])
     return folder
 
 

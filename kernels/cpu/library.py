@@ -26,6 +26,7 @@ ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "int16": np.dtype(np.int16),  # fixed-point activations
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),  # numpy has no bfloat16: its bits
     "float16": np.dtype(np.float16),
@@ -85,6 +86,36 @@ class LinearArgs(ctypes.Structure):
         ("k", c_int64),
         ("n", c_int64),
         ("epilogue", c_int32),
+    ]
+
+
+class FixedPointArgs(ctypes.Structure):
+    """FixedPointArgs of csrc/cpu/kernels.h."""
+
+    _fields_ = [
+        ("input", Matrix),
+        ("out", Matrix),
+        ("order", c_void_p),
+        ("k", c_int64),
+        ("block", c_int64),
+    ]
+
+
+class NormFixedPointArgs(ctypes.Structure):
+    """NormFixedPointArgs of csrc/cpu/kernels.h."""
+
+    _fields_ = [("norm", RmsNormArgs), ("fixed_point", FixedPointArgs)]
+
+
+class QuantizedLinearArgs(ctypes.Structure):
+    """QuantizedLinearArgs of csrc/cpu/kernels.h."""
+
+    _fields_ = [
+        ("linear", LinearArgs),
+        ("group_size", c_int64),
+        ("block", c_int64),
+        ("bits", c_int32),
+        ("has_zeros", c_int32),
     ]
 
 
@@ -162,6 +193,9 @@ OpArgs = (
     | TakeRowsArgs
     | SumPartsArgs
     | JoinColumnsArgs
+    | FixedPointArgs
+    | QuantizedLinearArgs
+    | NormFixedPointArgs
 )
 
 OP_CODES: dict[type[OpArgs], int] = {
@@ -173,6 +207,9 @@ OP_CODES: dict[type[OpArgs], int] = {
     TakeRowsArgs: 5,
     SumPartsArgs: 6,
     JoinColumnsArgs: 7,
+    FixedPointArgs: 8,
+    QuantizedLinearArgs: 9,
+    NormFixedPointArgs: 10,
 }
 
 
@@ -191,6 +228,15 @@ class Op(ctypes.Structure):
         op = cls(OP_CODES[type(args)], domain)
         setattr(op.args, f"args{op.code}", args)
         return op
+
+
+def norm_into(op: Op, matrix: Matrix) -> RmsNormArgs | None:
+    """The arguments of an operation that is a norm with `matrix` for its result."""
+    code = OP_CODES[RmsNormArgs]
+    if op.code != code:
+        return None
+    args: RmsNormArgs = getattr(op.args, f"args{code}")
+    return args if args.out.data == matrix.data else None
 
 
 class CacheArgs(ctypes.Structure):

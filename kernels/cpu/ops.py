@@ -30,6 +30,7 @@ from quire.kernels.cpu.program import (
     StepLimits,
     Target,
 )
+from quire.kernels.cpu.quantized import PackedQuantized
 from quire.kernels.group import ALONE
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from quire.kernels.group import Group
     from quire.kernels.layout import KvLayout
     from quire.kernels.ops import AttentionShape, Rope
+
+AnyLinear = PackedLinear | PackedQuantized
 
 MAX_HEAD_DIM = 256
 
@@ -143,12 +146,12 @@ class CpuOps(Packer):
         self._record(lib.RmsNormArgs(x.matrix, out.matrix, address, x.columns, eps), x.domain)
         return out
 
-    def linear(self, x: Buffer, w: PackedLinear) -> Buffer:
+    def linear(self, x: Buffer, w: AnyLinear) -> Buffer:
         """x @ w.T + bias in the activations' dtype: [rows, N]."""
         out = self._buffers.take(x.domain, w.n, self._activation)
         return self._record_linear(x, w, out, _Epilogue.STORE)
 
-    def linear_add(self, x: Buffer, w: PackedLinear, residual: Buffer) -> Buffer:
+    def linear_add(self, x: Buffer, w: AnyLinear, residual: Buffer) -> Buffer:
         """residual + x @ w.T + bias, in place: the returned value is `residual` itself."""
         self._expect(residual, "float32")
         if residual.columns != w.n or residual.domain != x.domain:
@@ -159,14 +162,14 @@ class CpuOps(Packer):
         self._record_linear(x, w, own, _Epilogue.STORE_FLOAT)
         return self._sum(own, residual, accumulate=True)
 
-    def gate_up_silu(self, x: Buffer, w: PackedLinear) -> Buffer:
+    def gate_up_silu(self, x: Buffer, w: AnyLinear) -> Buffer:
         """silu(x @ gate.T) * (x @ up.T): [rows, I]."""
         if not w.is_gate_up:
             raise ValueError("weights must come from pack_gate_up")
         out = self._buffers.take(x.domain, w.n // 2, self._activation)
         return self._record_linear(x, w, out, _Epilogue.SILU_MUL)
 
-    def logits(self, x: Buffer, w: PackedTable) -> Buffer:
+    def logits(self, x: Buffer, w: PackedTable | PackedQuantized) -> Buffer:
         """x @ w.T in float32: [R, V]; on ranks beyond the first this rank's columns of it."""
         own = self._buffers.take(x.domain, w.n, "float32", padded=False)
         self._record_linear(x, w, own, _Epilogue.STORE_FLOAT)
@@ -205,19 +208,6 @@ class CpuOps(Packer):
         """Address, number and columns of what the ranks gave."""
         size = self._group.size
         return self._address(parts.array), size, parts.columns // size
-
-    def _record_parts(
-        self,
-        kind: type[lib.SumPartsArgs | lib.JoinColumnsArgs],
-        parts: Buffer,
-        out: Buffer,
-        *,
-        accumulate: bool = False,
-    ) -> None:
-        size = self._group.size
-        address = self._address(parts.array)
-        args = kind(address, size, parts.columns // size, out.matrix, accumulate)
-        self._record(args, parts.domain)
 
     def rope_and_cache(
         self,
@@ -292,9 +282,7 @@ class CpuOps(Packer):
     def _record(self, args: lib.OpArgs, domain: int) -> None:
         self._recorded.append(lib.Op.of(args, domain))
 
-    def _record_linear(
-        self, x: Buffer, w: PackedLinear, out: Buffer, epilogue: _Epilogue
-    ) -> Buffer:
+    def _record_linear(self, x: Buffer, w: AnyLinear, out: Buffer, epilogue: _Epilogue) -> Buffer:
         self._expect(x, self._activation)
         if x.columns != w.k:
             raise ValueError(f"weights [{w.n}, {w.k}] cannot take {x.columns} columns")
@@ -309,7 +297,23 @@ class CpuOps(Packer):
             n=w.n,
             epilogue=epilogue,
         )
-        self._record(args, x.domain)
+        if isinstance(w, PackedQuantized):
+            args.input = self._fixed_point(x, w).matrix
+            self._record(w.args(args), x.domain)
+        else:
+            self._record(args, x.domain)
+        return out
+
+    def _fixed_point(self, x: Buffer, w: PackedQuantized) -> Buffer:
+        """The activations in the form that the weights multiply."""
+        out = self._buffers.take(x.domain, w.fixed_columns, "int16")
+        order = None if w.order is None else self._address(w.order)
+        args = lib.FixedPointArgs(x.matrix, out.matrix, order, w.k, w.block)
+        norm = lib.norm_into(self._recorded[-1], x.matrix) if self._recorded else None
+        if norm is None:
+            self._record(args, x.domain)
+        else:  # the two in one pass over the rows
+            self._recorded[-1] = lib.Op.of(lib.NormFixedPointArgs(norm, args), x.domain)
         return out
 
     def _expect(self, x: Buffer, dtype: str) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from quire.kernels.cpu import library as lib
+from quire.kernels.cpu.quantized import PackedQuantized, layout_of, order_of, packed_bytes
 from quire.kernels.group import part_of
+from quire.kernels.quantized import split_kinds, stack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
-
     from quire.kernels.group import Group
+    from quire.kernels.quantized import Matrix, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -61,29 +63,43 @@ class Packer:
         self._weights = lib.Arena()
 
     def pack_linear(
-        self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None] = ()
-    ) -> PackedLinear:
+        self, weights: Sequence[Matrix], bias: Sequence[torch.Tensor | None] = ()
+    ) -> PackedLinear | PackedQuantized:
         """Stack [N_i, K] matrices along N and pack them, with a bias each or none.
 
         Sources are read once, in order, straight from where they lie (a mapped file). Raises
-        ValueError for shapes that do not fit, TypeError for other dtypes than the three.
+        ValueError for shapes or kinds that do not fit, TypeError for other dtypes than the three.
         """
-        n, k = sum(len(weight) for weight in weights), int(weights[0].shape[1])
-        packed = PackedLinear(self._allocate(n, k), self._stack_bias(weights, bias), n, k)
+        floats, integers = split_kinds(weights)
+        stacked_bias = self._stack_bias(weights, bias)
+        if integers:
+            whole = stack(integers)
+            quantized = self._allocate_quantized(whole, stacked_bias, len(whole))
+            quantized.fill(self._team, whole, 0, 16)
+            return quantized
+        n, k = sum(len(weight) for weight in floats), int(floats[0].shape[1])
+        packed = PackedLinear(self._allocate(n, k), stacked_bias, n, k)
         first = 0
-        for weight in weights:
+        for weight in floats:
             self._pack(weight, packed, first, 16)
             first += len(weight)
         return packed
 
-    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> PackedLinear:
+    def pack_gate_up(self, gate: Matrix, up: Matrix) -> PackedLinear | PackedQuantized:
         """Interleave two [I, K] matrices by 16 rows, so that a panel holds both of 16 outputs."""
         if gate.shape != up.shape:
             raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must agree")
+        floats, integers = split_kinds((gate, up))
+        if integers:
+            whole, half = stack(integers), len(gate)
+            quantized = self._allocate_quantized(whole, None, 2 * half, is_gate_up=True)
+            quantized.fill(self._team, whole.rows(range(half)), 0, 32)
+            quantized.fill(self._team, whole.rows(range(half, 2 * half)), 16, 32)
+            return quantized
         n, k = 2 * len(gate), int(gate.shape[1])
         packed = PackedLinear(self._allocate(n, k), None, n, k, is_gate_up=True)
-        self._pack(gate, packed, 0, 32)
-        self._pack(up, packed, 16, 32)
+        for first, weight in zip((0, 16), floats, strict=True):
+            self._pack(weight, packed, first, 32)
         return packed
 
     def pack_embedding(self, table: torch.Tensor, vocabulary: int | None = None) -> PackedTable:
@@ -102,9 +118,28 @@ class Packer:
         self._pack(table, packed, 0, 16)
         return packed
 
+    def pack_head(
+        self, matrix: Matrix, vocabulary: int | None = None
+    ) -> PackedTable | PackedQuantized:
+        """Pack a [V, H] matrix for `logits`, or this rank's rows of one of `vocabulary` in all."""
+        if isinstance(matrix, torch.Tensor):
+            return self.pack_embedding(matrix, vocabulary)
+        total = len(matrix) if vocabulary is None else vocabulary
+        n = len(part_of(total, 0, self._group.size))
+        packed = replace(self._allocate_quantized(matrix, None, n), vocabulary=total)
+        packed.fill(self._team, matrix, 0, 16)
+        return packed
+
     def _allocate(self, n: int, k: int) -> np.ndarray:
         elements = self._library.quire_packed_elements(lib.DTYPE_CODES[self._dtype], n, k)
         return self._weights.take(elements * lib.NUMPY_DTYPES[self._dtype].itemsize)
+
+    def _allocate_quantized(
+        self, weight: QuantizedWeight, bias: np.ndarray | None, n: int, *, is_gate_up: bool = False
+    ) -> PackedQuantized:
+        layout = layout_of(weight)
+        data = self._weights.take(packed_bytes(layout, n))
+        return PackedQuantized(data, bias, order_of(weight), n, layout, is_gate_up)
 
     def _pack(self, weight: torch.Tensor, packed: PackedLinear, first: int, step: int) -> None:
         if weight.ndim != 2 or weight.shape[1] != packed.k:
@@ -124,7 +159,7 @@ class Packer:
         self._library.quire_pack(self._team.handle, source, destination)
 
     def _stack_bias(
-        self, weights: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
+        self, weights: Sequence[Matrix], bias: Sequence[torch.Tensor | None]
     ) -> np.ndarray | None:
         if all(part is None for part in bias):
             return None

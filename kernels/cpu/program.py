@@ -163,7 +163,8 @@ class Program:
         self._handle = self._library.quire_program_create(
             target.team.handle, cache, lib.DTYPE_CODES[layout.dtype], self._limits
         )
-        weakref.finalize(self, self._library.quire_program_destroy, self._handle).atexit = False
+        finalizer = weakref.finalize(self, _destroy, self._library, self._handle, target.team)
+        finalizer.atexit = False
         for op in ops:
             if self._library.quire_program_add(self._handle, op):
                 raise ValueError("all attentions of a program need one ratio of query to KV heads")
@@ -234,6 +235,14 @@ class Program:
         return [
             (names[code], seconds) for code, seconds in zip(self._codes, self._profile, strict=True)
         ]
+
+
+def _destroy(library: ctypes.CDLL, handle: int, team: lib.Team) -> None:
+    """A program's end waits for its team's threads, so the team must still be there.
+
+    That is what it is passed for: of a cycle, the garbage collector finalises the team first.
+    """
+    library.quire_program_destroy(handle)
 
 
 def _step_args(inputs: StepInputs) -> tuple[lib.StepArgs, list[np.ndarray]]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from quire.kernels.layout import BLOCK_SIZE
+from quire.kernels.triton.plan import num_programs
 
 if TYPE_CHECKING:
     from quire.kernels.ops import AttentionShape
@@ -35,6 +36,7 @@ def _attention_kernel(
     pool_ptr,  # the layer's K tiles: [num_blocks, NKV, ..., 2, 16, HEAD_DIM] from the first
     tables_ptr,  # [S, B] block of each 16 tokens
     items_ptr,  # [items, 6], see WorkList
+    count_ptr,  # [1] items in the list
     scale,  # of scores, times log2(e)
     partial_rows,
     stride_block,  # of the pool, in elements
@@ -53,73 +55,76 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    item = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    sequence = tl.load(items_ptr + item * 6).to(tl.int64)
-    first_row = tl.load(items_ptr + item * 6 + 1).to(tl.int64)
-    tokens = tl.load(items_ptr + item * 6 + 2)
-    first_position = tl.load(items_ptr + item * 6 + 3)
-    begin = tl.load(items_ptr + item * 6 + 4)
-    end = tl.load(items_ptr + item * 6 + 5)
-
     GROUP: tl.constexpr = NH // NKV
     # row m of the tile: head m % GROUP of the group, token m // GROUP of the tile
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     token = m // GROUP
-    is_row = (token < tokens) & (token < TILE_TOKENS)
     in_head = d < HEAD_DIM
-    row_head = (first_row + token) * NH + kv_head * GROUP + m % GROUP
-    q_mask = is_row[:, None] & in_head[None, :]
-    # [BLOCK_M, BLOCK_D]
-    q_at = row_head[:, None] * HEAD_DIM + d[None, :]
-    q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0).to(OPERAND)
-    position = first_position + token
+    # the list's length is read here, so that a captured grid fits every replay
+    units = tl.load(count_ptr) * NKV
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
+        item = tl.cast(unit // NKV, tl.int64)
+        kv_head = tl.cast(unit % NKV, tl.int64)
+        sequence = tl.load(items_ptr + item * 6).to(tl.int64)
+        first_row = tl.load(items_ptr + item * 6 + 1).to(tl.int64)
+        tokens = tl.load(items_ptr + item * 6 + 2)
+        first_position = tl.load(items_ptr + item * 6 + 3)
+        begin = tl.load(items_ptr + item * 6 + 4)
+        end = tl.load(items_ptr + item * 6 + 5)
 
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    table_ptr = tables_ptr + sequence * stride_table
-    head_ptr = pool_ptr + kv_head.to(tl.int64) * stride_head
-    for start in range(begin, end, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        # only what the sequence has written is read: 0 * NaN would spoil a sum
-        is_key = key < end
-        block = tl.load(table_ptr + key // PAGE, mask=is_key, other=0).to(tl.int64)
-        key_at = block * stride_block + (key % PAGE) * HEAD_DIM
-        k_at = head_ptr + key_at[None, :] + d[:, None]
-        k = tl.load(k_at, mask=is_key[None, :] & in_head[:, None], other=0.0)
-        k = k.to(OPERAND)
-        # [BLOCK_M, BLOCK_N]
-        score = tl.dot(q, k, input_precision="ieee") * scale
-        visible = (key[None, :] <= position[:, None]) & is_key[None, :]
-        if WINDOW > 0:
-            visible = visible & (key[None, :] > position[:, None] - WINDOW)
-        score = tl.where(visible, score, float("-inf"))
+        is_row = (token < tokens) & (token < TILE_TOKENS)
+        row_head = (first_row + token) * NH + kv_head * GROUP + m % GROUP
+        q_mask = is_row[:, None] & in_head[None, :]
+        # [BLOCK_M, BLOCK_D]
+        q_at = row_head[:, None] * HEAD_DIM + d[None, :]
+        q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0).to(OPERAND)
+        position = first_position + token
 
-        new_largest = tl.maximum(largest, tl.max(score, 1))
-        # a row that has seen nothing yet: -inf - -inf would be NaN
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weight = tl.exp2(score - shift[:, None])
-        decay = tl.exp2(largest - shift)
-        largest = new_largest
-        total = total * decay + tl.sum(weight, 1)
-        v_at = head_ptr + stride_v + key_at[:, None] + d[None, :]
-        v = tl.load(v_at, mask=is_key[:, None] & in_head[None, :], other=0.0)
-        weight = weight.to(v.dtype).to(OPERAND)
-        product = tl.dot(weight, v.to(OPERAND), input_precision="ieee")
-        acc = acc * decay[:, None] + product
+        largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        table_ptr = tables_ptr + sequence * stride_table
+        head_ptr = pool_ptr + kv_head * stride_head
+        for start in range(begin, end, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            # only what the sequence has written is read: 0 * NaN would spoil a sum
+            is_key = key < end
+            block = tl.load(table_ptr + key // PAGE, mask=is_key, other=0).to(tl.int64)
+            key_at = block * stride_block + (key % PAGE) * HEAD_DIM
+            k_at = head_ptr + key_at[None, :] + d[:, None]
+            k = tl.load(k_at, mask=is_key[None, :] & in_head[:, None], other=0.0)
+            k = k.to(OPERAND)
+            # [BLOCK_M, BLOCK_N]
+            score = tl.dot(q, k, input_precision="ieee") * scale
+            visible = (key[None, :] <= position[:, None]) & is_key[None, :]
+            if WINDOW > 0:
+                visible = visible & (key[None, :] > position[:, None] - WINDOW)
+            score = tl.where(visible, score, float("-inf"))
 
-    if IS_SPLIT:
-        partial_row = (item * NKV + kv_head) * partial_rows + m
-        partial_at = partial_row[:, None] * HEAD_DIM + d[None, :]
-        tl.store(partial_ptr + partial_at, acc, mask=q_mask)
-        tl.store(stats_ptr + partial_row * 2, largest, mask=is_row)
-        tl.store(stats_ptr + partial_row * 2 + 1, total, mask=is_row)
-    else:
-        # rows of the tile that are nobody's have seen nothing: keep them from dividing by zero
-        result = acc / tl.where(is_row, total, 1.0)[:, None]
-        tl.store(out_ptr + q_at, result.to(out_ptr.dtype.element_ty), mask=q_mask)
+            new_largest = tl.maximum(largest, tl.max(score, 1))
+            # a row that has seen nothing yet: -inf - -inf would be NaN
+            shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+            weight = tl.exp2(score - shift[:, None])
+            decay = tl.exp2(largest - shift)
+            largest = new_largest
+            total = total * decay + tl.sum(weight, 1)
+            v_at = head_ptr + stride_v + key_at[:, None] + d[None, :]
+            v = tl.load(v_at, mask=is_key[:, None] & in_head[None, :], other=0.0)
+            weight = weight.to(v.dtype).to(OPERAND)
+            product = tl.dot(weight, v.to(OPERAND), input_precision="ieee")
+            acc = acc * decay[:, None] + product
+
+        if IS_SPLIT:
+            partial_row = (item * NKV + kv_head) * partial_rows + m
+            partial_at = partial_row[:, None] * HEAD_DIM + d[None, :]
+            tl.store(partial_ptr + partial_at, acc, mask=q_mask)
+            tl.store(stats_ptr + partial_row * 2, largest, mask=is_row)
+            tl.store(stats_ptr + partial_row * 2 + 1, total, mask=is_row)
+        else:
+            # rows of the tile that are nobody's have seen nothing: keep them from dividing by zero
+            result = acc / tl.where(is_row, total, 1.0)[:, None]
+            tl.store(out_ptr + q_at, result.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit
@@ -171,7 +176,8 @@ def _merge_kernel(
     tl.store(out_ptr + (row * NH + head) * HEAD_DIM + d, out, mask=in_head)
 
 
-def _operand_type(dtype: torch.dtype) -> tl.dtype:
+def operand_type(dtype: torch.dtype) -> tl.dtype:
+    """In which type a kernel multiplies values of `dtype`."""
     # the interpreter keeps bf16 as integers and multiplies those; float32 holds them exactly
     if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         return tl.float32
@@ -235,7 +241,10 @@ class PagedAttention:
         shape = self.shape
         # [num_blocks, nkv, 2, tile]
         tiles = rows.cache.pool[:, :, rows.cache.layer]
-        _attention_kernel[(work.items.shape[0], shape.num_kv_heads)](
+        units = work.items.shape[0] * shape.num_kv_heads
+        if work is self.plan.split:
+            units = min(units, num_programs(self.tiling, rows.q.device))
+        _attention_kernel[(units,)](
             rows.q,
             rows.out,
             partial,
@@ -243,6 +252,7 @@ class PagedAttention:
             tiles,
             rows.tables,
             work.items,
+            work.count,
             shape.scale * LOG2_E,
             partial.shape[2],
             tiles.stride(0),
@@ -256,10 +266,10 @@ class PagedAttention:
             PAGE=BLOCK_SIZE,
             TILE_TOKENS=work.tile.tokens,
             IS_SPLIT=work is self.plan.split,
-            OPERAND=_operand_type(rows.q.dtype),
+            OPERAND=operand_type(rows.q.dtype),
             BLOCK_M=work.tile.rows,
             BLOCK_N=self.tiling.keys,
             BLOCK_D=max(16, triton.next_power_of_2(shape.head_dim)),
-            num_warps=4,
-            num_stages=2,
+            num_warps=self.tiling.warps,
+            num_stages=self.tiling.stages,
         )

@@ -7,9 +7,12 @@ Two kinds of tile, each of consecutive rows of one sequence and the query heads 
            positions, each leaving a partial result; a second kernel combines them in order
 
 So the longest context of a batch does not decide the grid: work is a flat list of items of about
-equal size ("Stream-K" in spirit; split-KV after Flash-Decoding, Dao et al., 2023). Which kind a
-sequence is and where its splits lie follow from that sequence alone, so what shares the step does
-not change a result.
+equal size ("Stream-K" in spirit; split-KV after Flash-Decoding, Dao et al., 2023), the longest
+first, dealt out to as many programs as the GPU runs at once. Which kind a sequence is and where its
+splits lie follow from that sequence alone, so what shares the step does not change a result.
+
+Two planners make the same lists: `make_plan` on the host, for any step, and `decode_plan` on the
+GPU, for steps of one row per sequence, whose lengths a captured graph reads anew at every replay.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ import torch
 if TYPE_CHECKING:
     from quire.kernels.ops import AttentionShape, StepInputs
 
+MAX_SPLITS = 128
+"""Of one context: bounds the memory of partial results. Longer contexts get longer splits."""
+INTERPRETED_PROGRAMS = 8
+"""Programs that share a list of splits where there is no GPU to fill."""
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -33,7 +41,12 @@ class Tiling:
     keys: int = 64
     """Tokens of context per turn of the loop."""
     split: int = 256
-    """Tokens of context per item of a split tile; a multiple of `keys`."""
+    """Tokens of context per item of a split tile, at least; a multiple of `keys`."""
+    programs: int = 4
+    """Programs per multiprocessor that share the list of splits."""
+    warps: int = 4
+    stages: int = 2
+    """Turns of the loop whose loads are in flight."""
 
     @classmethod
     def of(cls, shape: AttentionShape, element_bytes: int) -> Tiling:
@@ -55,7 +68,10 @@ class WorkList:
     """Items of one kind on the device."""
 
     items: torch.Tensor
-    """[I, 6] int32: sequence, first row, tokens, position of the first, context's begin and end."""
+    """[capacity, 6] int32: sequence, first row, tokens, position of the first, context's begin and
+    end."""
+    count: torch.Tensor
+    """[1] int32: how many of them there are."""
     tile: Tile
 
 
@@ -77,6 +93,24 @@ def _tile(shape: AttentionShape, rows: int) -> Tile:
     while rows < group:
         rows *= 2
     return Tile(rows, rows // group)
+
+
+def split_tile(shape: AttentionShape) -> Tile:
+    """The tile of decoding rows."""
+    return _tile(shape, 16)
+
+
+def num_programs(tiling: Tiling, device: torch.device) -> int:
+    """Programs that share a list of splits."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count * tiling.programs
+
+
+def split_len(context: np.ndarray, tiling: Tiling) -> np.ndarray:
+    """Tokens per item for contexts of these lengths: a multiple of `tiling.keys`."""
+    least = -(-context // (MAX_SPLITS * tiling.keys)) * tiling.keys
+    return np.asarray(np.maximum(least, tiling.split))
 
 
 @dataclass(frozen=True)
@@ -123,17 +157,19 @@ def _whole_items(seqs: _Sequences, tile: Tile, window: int | None, tiling: Tilin
 def _split_items(
     seqs: _Sequences, window: int | None, tiling: Tiling
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Items [I, 6] in order of sequence and context, and the merges [rows, 4]."""
+    """Items [I, 6], the longest sequence's first, and the merges [rows, 4]."""
+    seqs = seqs.chosen(np.argsort(-(seqs.position + seqs.tokens), kind="stable"))
     begin = _context_begin(seqs.position, window, tiling.keys)
     end = seqs.position + seqs.tokens
-    first = begin // tiling.split
-    counts = -(-end // tiling.split) - first
-    split = np.repeat(first, counts) + _counting(counts)
+    size = split_len(end, tiling)
+    first = begin // size
+    counts = -(-end // size) - first
+    split, each = np.repeat(first, counts) + _counting(counts), np.repeat(size, counts)
     items = np.stack(
         [
             *(np.repeat(x, counts) for x in (seqs.index, seqs.row, seqs.tokens, seqs.position)),
-            np.maximum(split * tiling.split, np.repeat(begin, counts)),
-            np.minimum((split + 1) * tiling.split, np.repeat(end, counts)),
+            np.maximum(split * each, np.repeat(begin, counts)),
+            np.minimum((split + 1) * each, np.repeat(end, counts)),
         ],
         axis=1,
     )
@@ -158,19 +194,18 @@ def make_plan(
     row = inputs.query_start[:-1].astype(np.int64)
     tokens = np.diff(inputs.query_start).astype(np.int64)
     seqs = _Sequences(np.arange(len(row)), row, tokens, inputs.context_lens - tokens)
-    whole_tile, split_tile = _tile(shape, tiling.whole_rows), _tile(shape, 16)
-    is_split = tokens <= split_tile.tokens
+    whole_tile, few_rows = _tile(shape, tiling.whole_rows), split_tile(shape)
+    is_split = tokens <= few_rows.tokens
     whole = _whole_items(seqs.chosen(~is_split), whole_tile, shape.window, tiling)
     split, merges = _split_items(seqs.chosen(is_split), shape.window, tiling)
 
-    flat = np.concatenate([whole.ravel(), split.ravel(), merges.ravel()]).astype(np.int32)
-    on_device = torch.from_numpy(flat).to(device)
-    whole_part, split_part, merge_part = torch.split(
-        on_device, [whole.size, split.size, merges.size]
-    )
+    counts = np.array([len(whole), len(split)])
+    parts = [counts, whole.ravel(), split.ravel(), merges.ravel()]
+    on_device = torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device)
+    count, whole_part, split_part, merge_part = torch.split(on_device, [p.size for p in parts])
     return StepPlan(
-        WorkList(whole_part.view(-1, 6), whole_tile),
-        WorkList(split_part.view(-1, 6), split_tile),
+        WorkList(whole_part.view(-1, 6), count[:1], whole_tile),
+        WorkList(split_part.view(-1, 6), count[1:], few_rows),
         merge_part.view(-1, 4),
         int(tokens[is_split].max(initial=0)),
     )

@@ -6,18 +6,24 @@ import base64
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
-from manifests import CHART, EXAMPLES, RELEASE, VALUE_SETS, helm, render, tool
+from manifests import (
+    CHART,
+    CUSTOM,
+    EXAMPLES,
+    RELEASE,
+    VALUE_SETS,
+    helm,
+    pod_templates,
+    render,
+    tool,
+)
 
 from quire.cli.chart.__main__ import files
 
 KUBE_VERSIONS = ("1.28.0", "1.33.0", "1.37.0")
-SCHEMAS = Path(__file__).parent / "schemas"
-CUSTOM = {path.stem: json.loads(path.read_text()) for path in SCHEMAS.glob("*.json")}
-"""Kinds that are no part of Kubernetes, by the schemas kept here."""
 
 
 @pytest.mark.parametrize("name", VALUE_SETS)
@@ -37,6 +43,9 @@ def test_every_object_is_valid(name, kube) -> None:
     for each in render(*VALUE_SETS[name], kube=kube).objects:
         if each["kind"] in CUSTOM:
             jsonschema.validate(each, CUSTOM[each["kind"]])
+            for template in pod_templates(each):
+                pod = {"apiVersion": "v1", "kind": "Pod"} | template
+                validate.validate(pod, kube.rpartition(".")[0], strict=True)
             continue
         # a version that this kind is not known in raises too: nothing is only warned of
         validate.validate(each, kube.rpartition(".")[0], strict=True)
@@ -55,7 +64,8 @@ def test_a_misspelt_field_of_an_object_is_found() -> None:
 def test_every_kind_is_rendered_and_a_misspelt_field_of_a_custom_one_is_found() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     rendered = render(*VALUE_SETS["everything"])
-    assert set(CUSTOM) - {"ServiceMonitor"} <= {each["kind"] for each in rendered.objects}
+    shown = {each["kind"] for each in rendered.objects}
+    assert set(CUSTOM) - {"ServiceMonitor", "RayCluster"} <= shown
     scaled = rendered.of("ScaledObject")[0]
     broken = scaled | {"spec": scaled["spec"] | {"minReplicas": 1}}
     with pytest.raises(jsonschema.ValidationError, match="minReplicas"):
@@ -82,8 +92,29 @@ def test_the_generated_files_are_current() -> None:
         ("roles.encode.replicas=1", "encode"),
         ("gateway.resources.limits.cpu=two", "cpu"),
         ("roles.prefill.replicas=1,roles.decode.replicas=0", "prefill pods alone"),
-        ("engine.accelerator=nvidia,roles.prefill.replicas=1", "only from host memory"),
         ("roles.unified.replicas=0", "no pod to serve the model"),
+        ("ray.enabeld=true", "enabeld"),
+        ("engine.workload=DaemonSet", "workload"),
+        ("engine.workload=Deployment", "needs discovery kubernetes"),
+        (
+            "engine.workload=Deployment,discovery=kubernetes,cluster.tls.enabled=true",
+            "goes without cluster.tls",
+        ),
+        ("ray.coordinator.options.orphan=1", "orphan"),
+        ("ray.coordinator.options.listen=x", "listen"),
+        ("ray.kuberay.enabled=true", "set ray.enabled too"),
+        ("ray.enabled=true,discovery=kubernetes", "the coordinator says where pods are"),
+        (
+            "ray.enabled=true,ray.kuberay.enabled=true,cluster.tls.enabled=true",
+            "pods of a RayCluster have none",
+        ),
+        ("ray.enabled=true,roles.unified.options.log_level=debug", "for all roles"),
+        ("ray.enabled=true,roles.unified.transfer.kv_lease_s=4", "for all roles"),
+        (
+            "ray.enabled=true,roles.unified.autoscaling.enabled=true,"
+            "roles.unified.autoscaling.maxReplicas=2",
+            "a fixed number of pods",
+        ),
         ("gateway.httpRoute.enabled=true", "parentRefs"),
         ("gateway.inferencePool.enabled=true", "endpointPicker"),
         (
@@ -119,6 +150,17 @@ def test_one_line_makes_it_disaggregated() -> None:
             options = yaml.safe_load(config["data"]["worker.yaml"])
             roles[options["role"]] = options["device"]
     assert roles == {"prefill": "cpu", "decode": "cpu"}
+
+
+def test_two_lines_make_it_disaggregated_on_gpus() -> None:
+    rendered = render(sets=("engine.accelerator=nvidia", "roles.prefill.replicas=1"))
+    for role in ("prefill", "decode"):
+        config = rendered.named("ConfigMap", f"{RELEASE}-quire-{role}")["data"]["worker.yaml"]
+        assert yaml.safe_load(config)["device"] == "cuda"
+        workers = rendered.named("StatefulSet", f"{RELEASE}-quire-{role}")
+        (container,) = workers["spec"]["template"]["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert container["image"].endswith("-cuda")
 
 
 def test_a_pod_has_as_many_gpus_as_share_the_model() -> None:
@@ -158,7 +200,10 @@ def test_a_role_overrides_what_all_have() -> None:
 
 def test_scaled_pods_are_known_by_name_beforehand() -> None:
     path = next(path for path in EXAMPLES if path.stem == "autoscaled")
-    config = render(path).named("ConfigMap", f"{RELEASE}-quire-gateway")["data"]["gateway.yaml"]
+    sets = ("discovery=static", "roles.decode.workload=StatefulSet")
+    config = render(path, sets=sets).named("ConfigMap", f"{RELEASE}-quire-gateway")["data"][
+        "gateway.yaml"
+    ]
     assert len(yaml.safe_load(config)["worker"]) == 4 + 8
 
 

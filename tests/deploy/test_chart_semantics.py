@@ -8,6 +8,9 @@ import pytest
 import yaml
 from manifests import NAMESPACE, VALUE_SETS, Render, render
 
+from quire.config.fleet import fleet_from
+from quire.config.transfer import TransferConfig
+
 QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([a-zA-Z]*)")
 SUFFIXES = {
     "": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30,
@@ -15,10 +18,13 @@ SUFFIXES = {
 }  # fmt: skip
 COMPONENT = "app.kubernetes.io/component"
 GIVEN = {
-    "Secret": {"hf-token", "hf", "keys", "token", "certificates", "registry", "tls", "llm-tls"}
-}
+    "Secret": {
+        "hf-token", "hf", "keys", "token", "certificates", "registry", "tls", "llm-tls", "redis",
+    }
+}  # fmt: skip
 GIVEN["PersistentVolumeClaim"] = {"models"}
 """What the values name as existing."""
+PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
 
 @pytest.fixture(params=VALUE_SETS)
@@ -39,6 +45,11 @@ def containers(rendered: Render):
     for name, pod in rendered.pods:
         for container in pod["spec"]["containers"]:
             yield name, pod["spec"], container
+
+
+def asked(probe: dict) -> dict:
+    """What a probe asks, over HTTP or by connecting."""
+    return probe.get("httpGet") or probe["tcpSocket"]
 
 
 def exists(rendered: Render, kind: str, name: str) -> bool:
@@ -85,9 +96,9 @@ def test_named_ports_exist(rendered) -> None:
                 assert {p["targetPort"] for p in service["spec"]["ports"]} <= known
     for _, _, container in containers(rendered):
         known = {p["name"] for p in container.get("ports", ())}
-        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        for probe in PROBES:
             if probe in container:
-                assert container[probe]["httpGet"]["port"] in known
+                assert asked(container[probe])["port"] in known
     for policy in rendered.of("NetworkPolicy"):
         selector = policy["spec"]["podSelector"]["matchLabels"]
         for _, pod in rendered.pods:
@@ -95,7 +106,7 @@ def test_named_ports_exist(rendered) -> None:
                 ports = [p for c in pod["spec"]["containers"] for p in c["ports"]]
                 known = {p["name"] for p in ports} | {p["containerPort"] for p in ports}
                 for rule in policy["spec"]["ingress"]:
-                    assert {p["port"] for p in rule["ports"]} <= known
+                    assert {p["port"] for p in rule.get("ports", ())} <= known
     for monitor in rendered.of("PodMonitor"):
         selector = monitor["spec"]["selector"]["matchLabels"]
         pods = [p for _, p in rendered.pods if is_subset(selector, p["metadata"]["labels"])]
@@ -154,11 +165,19 @@ def test_secrets_exist_with_their_keys_and_are_no_arguments(rendered) -> None:
 
 def test_accounts_exist_and_who_asks_kubernetes_may(rendered) -> None:
     asks = "kubernetes_service:" in rendered.text
+    slices = {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"],
+              "verbs": ["list", "watch"]}  # fmt: skip
+    costs = {"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]}
     for role in rendered.of("Role"):
-        assert role["rules"] == [
-            {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"],
-             "verbs": ["list", "watch"]}
-        ]  # fmt: skip
+        own = role["metadata"]["name"].endswith("-router")
+        assert role["rules"] == [costs if own else slices]
+        assert not own or "deletion_cost: true" in rendered.text
+    for binding in rendered.of("RoleBinding"):
+        if binding["roleRef"]["name"].endswith("-router"):
+            (subject,) = binding["subjects"]
+            users = [p["metadata"]["labels"][COMPONENT] for _, p in rendered.pods
+                     if p["spec"]["serviceAccountName"] == subject["name"]]  # fmt: skip
+            assert users == ["router"], "nobody else may change pods"
     for binding in rendered.of("RoleBinding"):
         assert rendered.named("Role", binding["roleRef"]["name"])
         for subject in binding["subjects"]:
@@ -180,29 +199,73 @@ def test_requests_are_given_and_within_limits(rendered) -> None:
 
 
 def test_three_probes_and_a_start_that_may_take_long(rendered) -> None:
-    for workload in rendered.workloads:
-        (container,) = workload["spec"]["template"]["spec"]["containers"]
-        probes = [container[p] for p in ("startupProbe", "livenessProbe", "readinessProbe")]
-        seen = [(p["httpGet"]["path"], p["periodSeconds"], p["failureThreshold"]) for p in probes]
+    for _, spec, container in containers(rendered):
+        if spec.get("restartPolicy") == "Never":
+            continue  # the test
+        probes = [container[p] for p in PROBES]
+        seen = [(str(asked(p)), p["periodSeconds"], p["failureThreshold"]) for p in probes]
         assert len(set(seen)) == 3
-        assert probes[1]["httpGet"]["path"] != probes[2]["httpGet"]["path"]
+        if "httpGet" in probes[0]:
+            assert asked(probes[1])["path"] != asked(probes[2])["path"]
         budget = probes[0]["periodSeconds"] * probes[0]["failureThreshold"]
         assert budget >= 60
 
 
 def test_a_pod_has_time_to_drain(rendered) -> None:
-    for workload in rendered.workloads:
-        spec = workload["spec"]["template"]["spec"]
-        (container,) = spec["containers"]
-        config = rendered.named("ConfigMap", workload["metadata"]["name"])["data"]
-        options = yaml.safe_load(next(iter(config.values())))
+    for name, spec, container in containers(rendered):
         command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {})
         waited = float(command["command"][1]) if command else 0.0
-        draining = options.get("shutdown_timeout", 0) + options.get("drain_timeout_s", 0)
-        assert draining or workload["metadata"]["name"].endswith("-router")
-        assert spec["terminationGracePeriodSeconds"] >= waited + draining + 10
-    gateway = next(w for w in rendered.workloads if w["kind"] == "Deployment")
+        draining = drain_s(rendered, name)
+        assert draining or name.endswith(("-router", "-coordinator", "-test"))
+        assert draining == 0 or spec["terminationGracePeriodSeconds"] >= waited + draining + 10
+    gateway = next(w for w in rendered.workloads if w["metadata"]["name"].endswith("-gateway"))
     assert "preStop" in gateway["spec"]["template"]["spec"]["containers"][0]["lifecycle"]
+
+
+def drain_s(rendered: Render, name: str) -> float:
+    """What the options of a pod say; with Ray those of its pool in the fleet."""
+    config = rendered.named("ConfigMap", name)["data"]
+    options = yaml.safe_load(next(iter(config.values()))) if "check.py" not in config else {}
+    if "node.yaml" in config:
+        (label,) = options["node_label"]
+        pool = next(p for p in pools(rendered) if p["node_label"] == label)
+        options = pool["engine"]
+    return options.get("shutdown_timeout", 0) + options.get("drain_timeout_s", 0)
+
+
+def pools(rendered: Render) -> list[dict]:
+    """Of the fleet, if there is one."""
+    for config in rendered.of("ConfigMap"):
+        if "fleet.yaml" in config["data"]:
+            (model,) = yaml.safe_load(config["data"]["fleet.yaml"])["models"]
+            return model["pools"]
+    return []
+
+
+def test_a_fleet_is_what_the_coordinator_reads_and_fits_its_nodes(rendered) -> None:
+    """One engine in each pod: a node offers what one replica of its pool needs."""
+    for config in rendered.of("ConfigMap"):
+        if "fleet.yaml" in config["data"]:
+            token = TransferConfig(cluster_token="token")
+            fleet_from(yaml.safe_load(config["data"]["fleet.yaml"]), token)
+    for pool in pools(rendered):
+        name = next(
+            n for n, p in rendered.pods if p["metadata"]["labels"][COMPONENT] == pool["name"]
+        )
+        node = yaml.safe_load(rendered.named("ConfigMap", name)["data"]["node.yaml"])
+        assert node["node_label"] == [pool["node_label"]]
+        assert (node["cpus"], node["gpus"]) == (pool["cpus"], pool["gpus"])
+        assert pool["cpus"] >= 1
+        replicas = [
+            w["spec"]["replicas"] for w in rendered.workloads if w["metadata"]["name"] == name
+        ]
+        replicas += [
+            group["replicas"]
+            for cluster in rendered.of("RayCluster")
+            for group in cluster["spec"]["workerGroupSpecs"]
+            if group["groupName"] == pool["name"]
+        ]
+        assert replicas == [pool["replicas"]]
 
 
 def test_pods_are_restricted(rendered) -> None:
@@ -243,9 +306,13 @@ def test_what_is_scaled_has_no_replicas(rendered) -> None:
 
 
 def test_a_budget_lets_pods_move(rendered) -> None:
+    replicas = {pool["name"]: pool["replicas"] for pool in pools(rendered)}
     for budget in rendered.of("PodDisruptionBudget"):
-        assert budget["spec"]["maxUnavailable"] >= 1
-        assert "minAvailable" not in budget["spec"]
+        if "minAvailable" in budget["spec"]:  # pods of a RayCluster
+            role = budget["spec"]["selector"]["matchLabels"][COMPONENT]
+            assert budget["spec"]["minAvailable"] < replicas[role]
+        else:
+            assert budget["spec"]["maxUnavailable"] >= 1
 
 
 def test_workers_are_reached_by_names_that_exist(rendered) -> None:
@@ -294,9 +361,10 @@ def test_only_the_gateway_is_open(rendered) -> None:
         if component != "gateway":
             assert all(rule.get("from") for rule in rules), "from everywhere"
         for rule in rules:
-            if any(port["port"] in (9200, 9300) for port in rule["ports"]):
+            ports = [port["port"] for port in rule.get("ports", ())]
+            if not ports or {9200, 9300} & set(ports):
                 sources = {peer["podSelector"]["matchLabels"][COMPONENT] for peer in rule["from"]}
-                assert sources <= {"unified", "prefill", "decode"}
+                assert sources <= {"unified", "prefill", "decode", "coordinator"}
 
 
 def test_every_rank_of_a_pod_is_reached(rendered) -> None:

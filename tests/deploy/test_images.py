@@ -13,6 +13,7 @@ import urllib.request
 from importlib.metadata import packages_distributions, requires, version
 
 import pytest
+import yaml
 from manifests import CHART, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -28,6 +29,8 @@ for name in ("quire.cli.gateway", "quire.cli.router", "quire.cli.http_server", "
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 BUILD_S = 1800
+ENDS = (" AS gateway", " AS cpu", " AS cuda", " AS coordinator")
+"""What the lines of images that start from the base end in."""
 PORT = 18077
 
 
@@ -81,6 +84,32 @@ def test_a_workers_packages_are_what_the_distribution_requires() -> None:
     assert not missing
 
 
+def test_ray_is_complete_and_changes_no_other_package() -> None:
+    assert closure({"ray"}) <= set(pinned("gateway") | pinned("ray"))
+    assert not set(pinned("ray")) & set(pinned("worker"))
+    for name, number in pinned("ray").items():
+        assert pinned("gateway").get(name, number) == number
+    bounds = [each for each in map(Requirement, requires("quire")) if each.name == "ray"]
+    assert bounds
+    assert all(pinned("ray")["ray"] in bound.specifier for bound in bounds)
+
+
+IMPORTED_BY_THE_COORDINATOR = """
+import sys
+import quire.cli.up, quire.cli.node, quire.coordinator.server, quire.coordinator.node
+import quire.cluster.status_server
+print("torch" in sys.modules)
+"""
+
+
+def test_the_coordinator_needs_no_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED_BY_THE_COORDINATOR],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout == "False\n"
+
+
 def test_the_kubernetes_client_is_complete() -> None:
     assert closure({"kubernetes"}) <= set(pinned("gateway") | pinned("kubernetes"))
 
@@ -96,12 +125,13 @@ def test_versions_fit_the_distributions_own_bounds() -> None:
 def test_targets_and_users_are_what_the_chart_expects() -> None:
     targets = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.M))
     values = (CHART / "values.yaml").read_text()
-    flavours = re.search(r"flavours: \{gateway: (\w+), cpu: (\w+), nvidia: (\w+)\}", values)
-    assert set(flavours.groups()) <= targets
+    flavours = yaml.safe_load(values)["image"]["flavours"]
+    with_ray = {f"{flavours[accelerator]}-ray" for accelerator in ("cpu", "nvidia")}
+    assert set(flavours.values()) | with_ray <= targets
     assert "runAsUser: 10001" in values
     final = DOCKERFILE.split("\nFROM ")
     for stage in final:
-        if stage.partition("\n")[0].endswith((" AS gateway", " AS cpu", " AS cuda")):
+        if stage.partition("\n")[0].endswith(ENDS):
             assert "USER 10001:10001" in stage
             assert 'ENTRYPOINT ["quire"]' in stage
     assert re.search(r"^ARG BASE=\S+:\S+-\d{8}-\S+$", DOCKERFILE, re.M), "the base is pinned"

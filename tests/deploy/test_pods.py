@@ -7,12 +7,20 @@ import os
 import re
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import grpc
 import httpx2
 import pytest
 from local_pods import LocalPod, LocalRelease
 from manifests import EXAMPLES, RELEASE, render
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+LONG = 1800
+"""Tokens that take longer than Ray to end on a node."""
 
 
 class Stream:
@@ -96,11 +104,10 @@ def test_who_does_not_know_the_token_gets_no_metrics(release) -> None:
 
 
 def metric(release: LocalRelease, pod: LocalPod, pattern: str) -> float:
-    """A worker's sample whose name and labels match."""
-    token = release.secret(f"{RELEASE}-quire-cluster-token", "cluster-token")
-    page = httpx2.get(
-        pod.url("status", "/metrics"), headers={"Authorization": f"Bearer {token}"}
-    ).text
+    """A worker's or a gateway's sample whose name and labels match."""
+    secret, port = ("api-key", "http") if pod.role == "gateway" else ("cluster-token", "status")
+    token = release.secret(f"{RELEASE}-quire-{secret}", secret)
+    page = httpx2.get(pod.url(port, "/metrics"), headers={"Authorization": f"Bearer {token}"}).text
     found = re.search(rf"^{pattern} (\S+)$", page, re.M)
     assert found, page[:2000]
     return float(found.group(1))
@@ -148,3 +155,48 @@ def test_pods_with_certificates_find_each_other_by_name(tmp_path) -> None:
         address = f"{decode.address}:{decode.port('grpc')}"
         with grpc.insecure_channel(address) as plain, pytest.raises(grpc.FutureTimeoutError):
             grpc.channel_ready_future(plain).result(timeout=2)
+
+
+@pytest.fixture(scope="module")
+def ray_release(tmp_path_factory) -> Iterator[LocalRelease]:
+    """Ray's head with the coordinator, a prefill and a decode pod as nodes, router, gateway."""
+    if os.geteuid() != 0:
+        pytest.skip("pods with a /tmp of their own take root")
+    path = next(path for path in EXAMPLES if path.stem == "kind-cpu")
+    rendered = render(path, sets=("ray.enabled=true", "cluster.tls.enabled=true"))
+    folder = tmp_path_factory.mktemp("ray")
+    with LocalRelease(rendered, folder, names=True) as release:
+        order = ("coordinator", "prefill", "decode", "router", "gateway")
+        for pod in release.pods.values():
+            pod.start()
+        for pod in [pod for role in order for pod in release.of(role)]:
+            pod.wait_for("startupProbe")
+        for pod in release.pods.values():
+            pod.wait_for("readinessProbe")
+        yield release
+
+
+def test_pods_on_ray_serve_over_the_coordinators_topology(ray_release) -> None:
+    roles = {pod.role for pod in ray_release.pods.values()}
+    assert roles == {"coordinator", "gateway", "router", "prefill", "decode"}
+    for pod in ray_release.pods.values():
+        assert pod.probe("livenessProbe")
+        assert "warning:" not in pod.log
+    assert ray_release.run_test_pod().returncode == 0
+    Stream(ray_release, 20).start().finish()
+
+
+def test_a_node_of_ray_drained_under_a_stream_loses_nothing_of_it_and_is_taken_up_again(
+    ray_release,
+) -> None:
+    undisturbed = Stream(ray_release, LONG).start().finish()
+    stream = Stream(ray_release, LONG).start()
+    (decode,) = ray_release.of("decode")
+    assert metric(ray_release, decode, "quire_requests_running{.*}") == 1
+    assert decode.terminate() == 0, decode.log
+    moved = r'quire_gateway_resubmissions_total{.*reason="draining".*}'
+    assert metric(ray_release, ray_release.of("gateway")[0], moved) == 1
+    assert stream.finish() == undisturbed
+    decode.start()
+    decode.wait_for("readinessProbe")
+    Stream(ray_release, 20).start().finish()

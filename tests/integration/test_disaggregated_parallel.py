@@ -6,18 +6,24 @@ Half of the pairs in the default suite, one of each transport; the others in the
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 
 import pytest
 import pytest_asyncio
 from test_disaggregated import ENGINE, FEATURES, prompt, submit
 from workers import WorkerProcess, ask
 
+needs_nixl = pytest.mark.skipif(
+    importlib.util.find_spec("nixl_cu12") is None, reason="needs nixl-cu12"
+)
 PAIRS = [
     pytest.param((2, 1, "tcp"), id="2-1-tcp"),
     pytest.param((1, 2, "grpc"), id="1-2-grpc"),
     pytest.param((1, 2, "tcp"), id="1-2-tcp", marks=pytest.mark.slow),
     pytest.param((2, 1, "grpc"), id="2-1-grpc", marks=pytest.mark.slow),
     pytest.param((2, 2, "tcp"), id="2-2-tcp", marks=pytest.mark.slow),
+    pytest.param((1, 2, "nixl"), id="1-2-nixl", marks=[pytest.mark.slow, needs_nixl]),
+    pytest.param((2, 1, "nixl"), id="2-1-nixl", marks=[pytest.mark.slow, needs_nixl]),
 ]
 TRANSFER = {"kv_heartbeat_s": 5.0, "kv_lease_s": 60.0}
 

@@ -270,6 +270,29 @@ def test_every_path_but_probes_needs_a_key(tokenizer, monkeypatch):
         assert "sesame" not in server.get("/metrics", **KEY).text
 
 
+def test_workers_sleep_and_wake_for_the_admin_alone(tokenizer):
+    admin = {"authorization": "Bearer master"}
+    with gateway(tokenizer, speak([5]), api_key=("sesame",), admin_key="master") as server:
+        for method, path in (("POST", "/sleep"), ("POST", "/wake_up"), ("GET", "/is_sleeping")):
+            for headers in ({}, KEY):
+                answer = server.request(method, path, headers=headers)
+                assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+        assert server.get("/v1/models", **admin).status == 401
+        assert server.get("/is_sleeping", **admin).json == {"is_sleeping": False}
+        assert server.post("/sleep?level=2", None, **admin).error["param"] == "level"
+        assert server.post("/sleep?level=1", None, **admin).status == 200
+        assert server.get("/is_sleeping", **admin).json == {"is_sleeping": True}
+        assert server.post("/wake_up", None, **admin).status == 200
+        assert server.get("/is_sleeping", **admin).json == {"is_sleeping": False}
+        server.worker.refusal = "requests are still running"
+        refused = server.post("/sleep", None, **admin)
+        assert (refused.status, refused.error["code"]) == (409, "conflict")
+        assert "0: requests are still running" in refused.error["message"]
+    with gateway(tokenizer, speak([5])) as server:
+        refused = server.post("/sleep", None, **admin)
+        assert (refused.status, refused.error["code"]) == (403, "permission_denied")
+
+
 def test_each_key_has_its_own_prefix_cache(tokenizer):
     with gateway(tokenizer, speak([5]), api_key=("one", "two")) as server:
         body = {"prompt": "x"}

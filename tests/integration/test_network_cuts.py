@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.request
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.slow
 TOKEN = "between the hosts"
 ROLES = {"p": "prefill", "d1": "decode", "d2": "decode"}
 ENGINE = ("--max-model-len", "512", "--kv-cache-memory-bytes", "32M", "--num-threads", "1")
+HTTP_PORT = 9080
 CUT_S = 6.0
 NUMBERS = range(40)
 
@@ -50,10 +52,17 @@ class Fleet:
         return self.server.metric("quire_gateway_worker_up")
 
     def blocks_held(self) -> float:
-        """Owned, over all workers; 1 while one of them does not answer."""
-        lines = [x for x in self.server.get("/metrics").splitlines() if x.startswith("quire_kv_bl")]
-        held = [float(x.rsplit(" ", 1)[1]) for x in lines if 'state="owned"' in x]
-        return sum(held) if len(held) == len(ROLES) else 1.0
+        """Owned, over all workers: each has a page of its own."""
+        addresses = [host.address for host in self.net.hosts.values()]
+        return sum(owned(f"http://{address}:{HTTP_PORT}/metrics") for address in addresses)
+
+
+def owned(page: str) -> float:
+    request = urllib.request.Request(page, headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    [line] = [x for x in lines if x.startswith("quire_kv_blocks{") and 'state="owned"' in x]
+    return float(line.rsplit(" ", 1)[1])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +75,7 @@ def fleet():
             host = net.hosts[name]
             command = host.command(
                 *quire, "worker", *ENGINE, "--listen", f"{host.address}:9000", "--role", role,
-                "--worker-name", name, "--kv-lease-s", "2",
+                "--worker-name", name, "--kv-lease-s", "2", "--http-port", str(HTTP_PORT),
             )  # fmt: skip
             stack.enter_context(running(command))
             addresses += ["--worker", f"{host.address}:9000"]

@@ -82,7 +82,6 @@ async def test_a_prefill_worker_killed_at_any_moment(pair) -> None:
         await pair.restart_prefill()
 
 
-@pytest.mark.slow  # seen to differ once on a busy machine, see docs/disaggregation.md
 async def test_a_prefill_worker_that_hangs_at_any_moment(pair) -> None:
     for seed, delay in enumerate(DELAYS[1:4]):
         stop = lambda: pair.prefill.kill(signal.SIGSTOP)  # noqa: E731

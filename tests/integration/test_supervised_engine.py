@@ -7,10 +7,12 @@ import signal
 import socket
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from quire.coordinator import files
+from quire.coordinator.companion import Companion
 from quire.coordinator.reconcile import State
 from quire.coordinator.supervisor import Assignment, StaleTerm, Supervisor
 
@@ -102,3 +104,41 @@ def test_a_port_that_is_taken_is_named(own_folder):
     assert f"port {port} of 127.0.0.1 cannot be listened on" in report.reason
     assert "give the pool another port" in report.reason
     stop(supervisor)
+
+
+def test_the_ranks_of_two_hosts_are_started_again_as_one(own_folder):
+    options = assignment().options | {"tensor_parallel_size": 2}
+    one = assignment(options=options, nodes=2)
+    first = Supervisor(one)
+    second = Companion(replace(one, node=1), "127.0.0.1", first.report)
+    started = wait_for(first, is_ready)
+    assert second.report().pid != started.pid
+    whole = started.with_others([second.report()])
+    assert whole.resident_bytes > started.resident_bytes + 50e6
+
+    [rank] = children(second.report().pid)
+    os.kill(rank, signal.SIGKILL)
+    again = wait_for(first, lambda r: is_ready(r) and r.restarts == 1)
+    assert again.address == started.address
+    assert again.pid != started.pid
+    assert files.identity(rank) is None
+
+    # rank 0's supervisor has found another place for it, and nobody told the other's
+    moved = replace(again, master="127.0.0.1:1")
+    second._ask = lambda: moved
+    waiting = wait_for(second, lambda r: r.master == moved.master)
+    second._ask = first.report
+    wait_for(second, lambda r: r.pid not in (0, waiting.pid) and r.master == first.report().master)
+    wait_for(first, lambda r: is_ready(r) and r.restarts == 2)
+
+    pids = [first.report().pid, second.report().pid, *children(second.report().pid)]
+    for each in (first, second):
+        each.stop(99)
+    stop(first)
+    stop(second)
+    assert [files.identity(pid) for pid in pids] == [None] * 3
+
+
+def children(pid: int) -> list[int]:
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in lists for child in path.read_text().split()]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,10 @@ def environment(**extra: str) -> dict[str, str]:
 @pytest.mark.skipif("QUIRE_CPU_ISA" in os.environ, reason="run once, from the best one")
 @pytest.mark.parametrize("isa", cpu.available_isas()[:-1])
 def test_other_instruction_sets_pass_the_same_tests(isa):
-    files = [str(HERE / name) for name in ("test_cpu_ops.py", "test_cpu_invariance.py")]
+    files = [
+        str(HERE / name)
+        for name in ("test_cpu_ops.py", "test_cpu_invariance.py", "test_cpu_quantized.py")
+    ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
         cwd=ROOT,
@@ -213,3 +218,18 @@ def test_sources_are_named_through_the_link():
     link = ROOT / "services" / "quire" / "kernels"
     assert link.is_symlink()
     assert link.readlink() == Path("../../kernels")
+
+
+def test_a_team_outlives_its_programs_whatever_the_collector_takes_first():
+    """A program's end waits for the team's threads: of a team that is gone, in freed memory."""
+    team = cpu.Team(2)
+    ops = cpu.CpuOps(LAYOUT, LIMITS, team)
+    program = ops.finish(ops.input(32, "float32"), cpu.alloc_pool(LAYOUT, 3))
+    is_there = weakref.ref(team)
+    del team, ops
+    vars(program).clear()  # as of a cycle
+    gc.collect()
+    assert is_there()
+    del program
+    gc.collect()
+    assert not is_there()

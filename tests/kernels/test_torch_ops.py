@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from quire.kernels import reference
 from quire.kernels.layout import KvLayout, KvOrder
-from quire.kernels.torch_ops import TorchOps
+from quire.kernels.torch_ops import Residual, TorchOps
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.04, "float16": 4e-3}
 DTYPES = list(TOLERANCE)
@@ -40,7 +40,7 @@ def test_operations_before_begin_say_so() -> None:
 def test_embedding_starts_a_float32_residual_stream(dtype, make_step) -> None:
     ops, table = make_ops(dtype), torch.randn(11, 8)
     ops.begin(make_step([(0, 13), (4, 1)]))
-    got = ops.embed(ops.pack_embedding(table))
+    got = ops.embed(ops.pack_embedding(table)).settle()
     assert got.dtype == torch.float32
     rows = [*range(11), 0, 1, 4]
     assert torch.equal(got, table[rows].to(ops.dtype).float())
@@ -59,7 +59,7 @@ def test_matmuls_match_the_reference(dtype) -> None:
 
     residual = torch.randn(3, 16)
     want = residual + want
-    got = ops.linear_add(x, packed, residual)
+    got = ops.linear_add(x, packed, Residual(residual)).settle()
     assert got.dtype == torch.float32
     assert_close(got, want, dtype)
 
@@ -71,7 +71,7 @@ def test_matmuls_match_the_reference(dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_matches_the_reference(dtype) -> None:
     ops, x, weight = make_ops(dtype), torch.randn(3, 40), torch.randn(40)
-    got = ops.rms_norm(x, weight, 1e-5)
+    got = ops.rms_norm(Residual(x), weight, 1e-5)
     assert got.dtype == ops.dtype
     assert_close(got, reference.rms_norm(x.double(), weight, 1e-5), dtype)
 
@@ -84,7 +84,7 @@ def test_logits_are_not_rounded_below_float32(dtype, make_step) -> None:
     x = torch.ones(5, 128).to(ops.dtype)
     table = torch.ones(5000, 128).to(ops.dtype)
     table[4321, 0] = 1.0078125
-    got = ops.logits(ops.take_logit_rows(x), ops.pack_embedding(table))
+    got = ops.logits(ops.take_logit_rows(Residual(x)).stream, ops.pack_embedding(table))
     assert got.shape == (2, 5000)
     assert got.dtype == torch.float32
     assert got.argmax(1).tolist() == [4321, 4321]

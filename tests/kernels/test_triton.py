@@ -21,10 +21,12 @@ triton = pytest.importorskip("triton")
 from quire.kernels import reference  # noqa: E402
 from quire.kernels.layout import KvLayout  # noqa: E402
 from quire.kernels.ops import AttentionShape, StepInputs  # noqa: E402
-from quire.kernels.torch_ops import TorchOps  # noqa: E402
+from quire.kernels.torch_ops import Residual, TorchOps  # noqa: E402
+from quire.kernels.triton.decode_plan import decode_plan  # noqa: E402
 from quire.kernels.triton.kernels import TritonKernels  # noqa: E402
 from quire.kernels.triton.plan import Tiling, make_plan  # noqa: E402
 
+CPU = torch.device("cpu")
 HAS_GPU = torch.cuda.is_available()
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.04, "float16": 4e-3}
 SMALL = Tiling(whole_rows=16, keys=16, split=32)
@@ -117,9 +119,30 @@ def test_cache_and_attention_match_the_reference(case, device, make_step, make_r
 def test_rms_norm_matches_the_reference(dtype, width, device) -> None:
     x, weight = torch.randn(3, width), torch.randn(width)
     out_dtype = getattr(torch, dtype)
-    got = TritonKernels().rms_norm(x.to(device), weight.to(device), 1e-5, out_dtype)
+    got = TritonKernels().rms_norm(Residual(x.to(device)), weight.to(device), 1e-5, out_dtype)
     assert got.dtype == out_dtype
     assert_close(got, reference.rms_norm(x.double(), weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_norm_takes_the_last_product_into_the_stream(dtype, device) -> None:
+    x, product, weight = torch.randn(3, 100), torch.randn(3, 100), torch.randn(100)
+    product = product.to(getattr(torch, dtype))
+    residual = Residual(x.clone().to(device), product.to(device))
+    got = TritonKernels().rms_norm(residual, weight.to(device), 1e-5, product.dtype)
+    assert residual.product is None
+    assert torch.equal(residual.stream.cpu(), x + product)
+    assert_close(got, reference.rms_norm((x + product).double(), weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("width", [64, 1100])
+def test_silu_mul_matches_the_reference(dtype, width, device) -> None:
+    gate_up = 4 * torch.randn(3, 2 * width).to(getattr(torch, dtype))
+    got = TritonKernels().silu_mul(gate_up.to(device))
+    gate, up = gate_up.double().chunk(2, dim=1)
+    assert got.dtype == gate_up.dtype
+    assert_close(got, torch.nn.functional.silu(gate) * up, dtype)
 
 
 def test_a_row_does_not_depend_on_what_shares_its_step(
@@ -170,19 +193,49 @@ def test_items_cover_every_row_and_what_it_sees_once(window, group, make_step) -
         assert all(a[1] == b[0] for a, b in pairwise(ranges))
 
 
-def test_one_long_context_does_not_decide_the_amount_of_work(attention_shape) -> None:
-    """32 decodes, one of 100 000 tokens: items are few and no longer than a split."""
-    lengths = np.full(32, 100, np.int32)
-    lengths[5] = 100_000
-    tables = np.zeros((32, 6250), np.int32)
-    query_start = np.arange(33, dtype=np.int32)
+@pytest.mark.parametrize("window", [None, 10, 50])
+@pytest.mark.parametrize("lengths", [[1], [70, 3, 128, 64, 70], [1, 32, 33, 5000, 4097, 64, 8]])
+def test_the_gpu_divides_decodes_as_the_host_does(lengths, window, device) -> None:
+    shape = AttentionShape(8, 2, 16, 1.0, window)
+    want = make_plan(decodes(lengths), shape, SMALL, torch.device("cpu"))
+    positions = torch.tensor(lengths, dtype=torch.int32, device=device) - 1
+    got = decode_plan(positions, 5000, shape, SMALL)
+    count = int(want.split.count)
+    assert got.split.count.tolist() == [count]
+    assert got.split.items.shape[0] >= count
+    assert torch.equal(got.split.items[:count].cpu(), want.split.items)
+    by_row = want.merges[want.merges[:, 0].argsort()]
+    assert torch.equal(got.merges.cpu(), by_row)
+    assert got.max_split_tokens == want.max_split_tokens
+
+
+def decodes(lengths: list[int]) -> StepInputs:
+    """A step of one row for each sequence."""
+    context_lens = np.array(lengths, np.int32)
+    query_start = np.arange(len(lengths) + 1, dtype=np.int32)
     rows = query_start[:-1]
-    step = StepInputs(rows, lengths - 1, query_start, lengths, tables, rows)
-    plan = make_plan(step, attention_shape(4, 1, 128), Tiling(), torch.device("cpu"))
-    items = plan.split.items
-    assert items.shape[0] == 31 + -(-100_000 // 256)
-    assert (items[:, 5] - items[:, 4]).max() <= 256
+    tables = np.zeros((len(lengths), -(-max(lengths) // 16)), np.int32)
+    return StepInputs(rows, context_lens - 1, query_start, context_lens, tables, rows)
+
+
+def busiest(lengths: list[int], programs: int) -> int:
+    """Tokens of context that the busiest of the programs walks, for 8 KV heads."""
+    plan = make_plan(decodes(lengths), AttentionShape(32, 8, 128, 1.0), Tiling(), CPU)
     assert plan.whole.items.shape[0] == 0
+    items = plan.split.items.numpy()
+    sizes = np.repeat(items[:, 5] - items[:, 4], 8)
+    # a program takes every `programs`-th unit
+    padded = np.pad(sizes, (0, -len(sizes) % programs))
+    return int(padded.reshape(-1, programs).sum(0).max())
+
+
+@pytest.mark.parametrize("programs", [132 * 3, 132 * 4])
+def test_one_sequence_a_hundred_times_longer_costs_what_its_tokens_cost(programs) -> None:
+    """Published for splits of a fixed number: 2.95 times the time of a uniform batch."""
+    for skewed in ([128 * 1024] + [4096] * 31, [100_000] + [1000] * 63, [40_000] + [400] * 255):
+        tokens = sum(skewed)
+        uniform = [tokens // len(skewed)] * len(skewed)
+        assert busiest(skewed, programs) <= 1.15 * busiest(uniform, programs)
 
 
 # --- compilation ----------------------------------------------------------------------------------
@@ -191,7 +244,8 @@ COMPILE = """
     import triton, triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
-    from quire.kernels.triton import attention, rms_norm, rope_cache
+    from quire.kernels.triton import attention, decode_plan, int_matmul, rms_norm, rope_cache
+    from quire.kernels.triton import sample, silu_mul
 
     def build(kernel, consts, pointers, floats=()):
         names = kernel.arg_names
@@ -211,7 +265,7 @@ COMPILE = """
             heads | dict(WINDOW=0, PAGE=16, TILE_TOKENS=rows // 4, IS_SPLIT=is_split,
                          OPERAND=tl.bfloat16, BLOCK_M=rows, BLOCK_N=64),
             dict(q_ptr="bf16", out_ptr="bf16", partial_ptr="fp32", stats_ptr="fp32",
-                 pool_ptr="bf16", tables_ptr="i32", items_ptr="i32"),
+                 pool_ptr="bf16", tables_ptr="i32", items_ptr="i32", count_ptr="i32"),
             ["scale"],
         )
     build(
@@ -229,9 +283,30 @@ COMPILE = """
     )
     build(
         rms_norm._rms_norm_kernel,
-        dict(BLOCK=4096),
-        dict(x_ptr="fp32", weight_ptr="bf16", out_ptr="bf16"),
+        dict(BLOCK=4096, HAS_PRODUCT=True),
+        dict(x_ptr="fp32", product_ptr="bf16", weight_ptr="bf16", out_ptr="bf16"),
         ["eps"],
+    )
+    draws = dict(logits_ptr="fp32", draws_ptr="i32", largest_ptr="fp32")
+    parts = dict(PARTS=32, BLOCK=1024)
+    best = dict(best_ptr="fp32", token_ptr="i32")
+    build(sample._largest_kernel, parts, draws)
+    build(sample._score_kernel, parts, draws | best)
+    build(sample._choose_kernel, dict(PARTS=32), dict(largest_ptr="fp32", out_ptr="i32") | best)
+    weight = dict(words_ptr="i32", scales_ptr="bf16", zeros_ptr="bf16", out_ptr="bf16")
+    for bits, group, has_zeros in ((4, 128, False), (4, 32, True), (8, 64, True)):
+        kind = dict(BITS=bits, GROUP=group, HAS_ZEROS=has_zeros)
+        build(
+            int_matmul._int_matmul_kernel,
+            kind | dict(HAS_BIAS=True, OPERAND=tl.bfloat16, SPLIT=4, BLOCK_M=16, BLOCK_N=64),
+            weight | dict(x_ptr="bf16", bias_ptr="bf16", partial_ptr="fp32", counters_ptr="i32"),
+        )
+        build(int_matmul._dequantize_kernel, kind | dict(BLOCK=1024), weight)
+    build(silu_mul._silu_mul_kernel, dict(BLOCK=1024), dict(gate_up_ptr="bf16", out_ptr="bf16"))
+    build(
+        decode_plan._decode_plan_kernel,
+        dict(WINDOW=100, KEYS=64, SPLIT=256, MAX=128, BLOCK_MAX=64, BLOCK_ROWS=64),
+        dict(positions_ptr="i32", items_ptr="i32", count_ptr="i32", merges_ptr="i32"),
     )
 """
 

@@ -41,7 +41,7 @@ class FakeRayCluster:
         self._ask_head()
         return set(self.reports)
 
-    async def place(self, assignment, room) -> None:
+    async def place(self, assignment, demand, near) -> None:
         self._ask_head()
         self.log.append(("place", assignment.pod))
         number = next(_ports)

@@ -1,15 +1,18 @@
 """Pods of a render as processes of this machine: their commands, environment and mounted files.
 
 A pod has a loopback address of its own, so that all use the ports they use in a cluster. Names of
-pods become those addresses, and mount paths become folders; nothing else of a pod is changed.
+pods become those addresses, and mount paths become folders; nothing else of a pod is changed. Where
+root is to be had, names stay, and so does /tmp: each pod has its own, as its hosts file.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,26 +21,29 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from manifests import NAMESPACE, Render
+from manifests import NAMESPACE, ROOT, Render
 
 ENTRYPOINT = str(Path(sys.executable).parent / "quire")
 """What the images start."""
 FIRST_ADDRESS = 16
-_WITH_HOSTS = ["unshare", "-m", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"']
 CPUS = "1"
+MOUNTS = "/mnt"
+"""Where a pod of its own mounts has its volumes, /tmp excepted."""
 
 
 @dataclass
 class LocalPod:
-    """One pod, started or not."""
+    """One container of a pod, started or not. Those of a pod share its address and its volumes."""
 
     name: str
     address: str
     template: dict
     folder: Path
     release: LocalRelease
+    number: int = 0
     process: subprocess.Popen | None = None
     files: dict[str, Path] = field(default_factory=dict)
+    """Path of a mount -> the volume's folder, as the process sees it."""
 
     @property
     def spec(self) -> dict:
@@ -45,8 +51,7 @@ class LocalPod:
 
     @property
     def container(self) -> dict:
-        (container,) = self.spec["containers"]
-        return container
+        return self.spec["containers"][self.number]
 
     @property
     def role(self) -> str:
@@ -54,7 +59,11 @@ class LocalPod:
 
     @property
     def log(self) -> str:
-        return (self.folder / "log").read_text()
+        return self._log_path.read_text()
+
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / f"{self.container['name']}.log"
 
     def port(self, name: str) -> int:
         return next(p["containerPort"] for p in self.container["ports"] if p["name"] == name)
@@ -66,13 +75,14 @@ class LocalPod:
         """Start it, or a new one in its place."""
         if not self.files:
             self._mount()
-        environment = {"PATH": os.environ["PATH"], **self.environment()}
+        own = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        environment = own | self.environment()
         named = self.container.get("command")
         command = [ENTRYPOINT] if named is None else [self._here(part) for part in named]
         command += [self._here(_expand(arg, environment)) for arg in self.container.get("args", ())]
         if self.release.hosts is not None:
-            command = [*_WITH_HOSTS, str(self.release.hosts), *command]
-        with (self.folder / "log").open("ab") as log:
+            command = ["unshare", "-m", "sh", "-ec", self._mount_script(), *command]
+        with self._log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
@@ -87,8 +97,8 @@ class LocalPod:
                 reference = source["secretKeyRef"]
                 value = self.release.secret(reference["name"], reference["key"])
             elif "fieldRef" in source:
-                assert source["fieldRef"]["fieldPath"] == "metadata.name"
-                value = self.name
+                fields = {"metadata.name": self.name, "status.podIP": self.address}
+                value = fields[source["fieldRef"]["fieldPath"]]
             elif "resourceFieldRef" in source:
                 assert source["resourceFieldRef"]["resource"] == "limits.cpu"
                 value = CPUS  # the tests' machine is small
@@ -101,18 +111,42 @@ class LocalPod:
         volumes = {v["name"]: v for v in self.spec["volumes"]}
         for mount in self.container["volumeMounts"]:
             folder = self.folder / mount["name"]
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.release.hosts is not None:
+                own = mount["mountPath"] in ("/tmp", "/dev/shm")
+                folder = Path(mount["mountPath"]) if own else Path(MOUNTS) / mount["name"]
             self.files[mount["mountPath"]] = folder
         for mount in self.container["volumeMounts"]:
-            volume = volumes[mount["name"]]
+            volume, folder = volumes[mount["name"]], self.folder / mount["name"]
             if "configMap" in volume:
                 data = self.release.render.named("ConfigMap", volume["configMap"]["name"])["data"]
                 for name, content in data.items():
-                    (self.files[mount["mountPath"]] / name).write_text(self._here(content))
+                    (folder / name).write_text(self._here(content))
             elif "secret" in volume:
                 data = self.release.render.named("Secret", volume["secret"]["secretName"])["data"]
                 for name, content in data.items():
-                    (self.files[mount["mountPath"]] / name).write_bytes(base64.b64decode(content))
+                    (folder / name).write_bytes(base64.b64decode(content))
+
+    def _mount_script(self) -> str:
+        """Mounts of this container's own, then its command. What it runs from stays, wherever."""
+        lines = [f"mount --bind {self.release.hosts} /etc/hosts", f"mount -t tmpfs none {MOUNTS}"]
+        # /tmp last: the others' folders are below the real one
+        for mount in sorted(self.container["volumeMounts"], key=lambda m: m["mountPath"] == "/tmp"):
+            at = f"{MOUNTS}/{mount['name']}"
+            lines += [f"mkdir {at}", f"mount --bind {self.folder / mount['name']} {at}"]
+            if mount["mountPath"] == "/tmp":
+                lines += self._own_tmp(at)
+        return "\n".join([*lines, "cd /", 'exec "$0" "$@"'])
+
+    @staticmethod
+    def _own_tmp(volume: str) -> list[str]:
+        real = f"{MOUNTS}/real"
+        lines = [f"mkdir {real}", f"mount --bind /tmp {real}", f"mount --bind {volume} /tmp"]
+        for path in {str(ROOT), sys.prefix}:
+            if path.startswith("/tmp/"):
+                there = path.replace("/tmp", real, 1)
+                lines += [f"mkdir -p {path}", f"mount --bind {there} {path}"]
+        return lines
 
     def _here(self, text: str) -> str:
         """Pods' names as addresses, every interface as this pod's, mount paths as folders."""
@@ -127,6 +161,10 @@ class LocalPod:
     def probe(self, kind: str) -> bool:
         """One try of a probe, as the kubelet does it."""
         probe = self.container[kind]
+        if "tcpSocket" in probe:
+            address = (self.address, self.port(probe["tcpSocket"]["port"]))
+            with socket.socket() as sock:
+                return sock.connect_ex(address) == 0
         get = probe["httpGet"]
         try:
             with urllib.request.urlopen(
@@ -156,8 +194,11 @@ class LocalPod:
         return self.process.wait(grace - (time.monotonic() - began))
 
     def kill(self) -> None:
+        """End it and all it has started, in whatever session."""
         if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            for pid in [self.process.pid, *_descendants(self.process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.wait(10)
 
 
@@ -173,6 +214,7 @@ class LocalRelease:
         self.folder = folder
         self.hosts: Path | None = None
         self.subnet = "127.0.79" if names else "127.0.77"
+        self._used = 0
         self.pods: dict[str, LocalPod] = {}
         for workload in render.workloads:
             name, template = workload["metadata"]["name"], workload["spec"]["template"]
@@ -181,19 +223,16 @@ class LocalRelease:
                 pod = f"{name}-{number}" if stateful else f"{name}-x{number}"
                 self._add(pod, template)
         if names:
-            lines = [f"{pod.address} {self._name(pod)}" for pod in self.pods.values()]
+            lines = [f"{pod.address} {name}" for pod in self.pods.values() for name in _names(pod)]
             self.hosts = folder / "hosts"
             self.hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
 
-    @staticmethod
-    def _name(pod: LocalPod) -> str:
-        """In DNS, by the pod's headless service."""
-        return f"{pod.name}.{pod.name.rpartition('-')[0]}.{NAMESPACE}.svc"
-
-    def _add(self, name: str, template: dict) -> LocalPod:
-        address = f"{self.subnet}.{FIRST_ADDRESS + len(self.pods)}"
-        self.pods[name] = LocalPod(name, address, template, self.folder / name, self)
-        return self.pods[name]
+    def _add(self, name: str, template: dict) -> None:
+        address = f"{self.subnet}.{FIRST_ADDRESS + self._used}"
+        self._used += 1
+        for number, container in enumerate(template["spec"]["containers"]):
+            key = f"{name}/{container['name']}" if number else name
+            self.pods[key] = LocalPod(name, address, template, self.folder / name, self, number)
 
     def of(self, role: str) -> list[LocalPod]:
         return [pod for pod in self.pods.values() if pod.role == role]
@@ -205,7 +244,7 @@ class LocalRelease:
         """Names of pods and services as the cluster's DNS has them, as addresses."""
         for pod in self.pods.values():
             if self.hosts is None:
-                text = text.replace(self._name(pod), pod.address)
+                text = text.replace(_names(pod)[0], pod.address)
         for service in self.render.of("Service"):
             name = f"//{service['metadata']['name']}.{NAMESPACE}.svc:"
             if name in text:
@@ -229,6 +268,22 @@ class LocalRelease:
     def __exit__(self, *_: object) -> None:
         for pod in self.pods.values():
             pod.kill()
+
+
+def _descendants(pid: int) -> list[int]:
+    """Its children, and theirs."""
+    found = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, listed.read_text().split()):
+                found += [child, *_descendants(child)]
+    return found
+
+
+def _names(pod: LocalPod) -> list[str]:
+    """In DNS: its own, by its headless service, and that service's."""
+    service = f"{pod.name.rpartition('-')[0]}.{NAMESPACE}.svc"
+    return [f"{pod.name}.{service}", service]
 
 
 def _expand(arg: str, environment: dict[str, str]) -> str:

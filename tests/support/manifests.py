@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "quire"
 EXAMPLES = sorted((ROOT / "helm" / "examples").glob("*.yaml"))
 EVERYTHING = ROOT / "tests" / "deploy" / "everything.yaml"
+SCHEMAS = ROOT / "tests" / "deploy" / "schemas"
+CUSTOM = {path.stem: json.loads(path.read_text()) for path in SCHEMAS.glob("*.json")}
+"""Kinds that are no part of Kubernetes, by the schemas kept there."""
 NAMESPACE = "models"
 RELEASE = "q"
 TIMEOUT_S = 60
@@ -61,7 +65,18 @@ class Render:
     def pods(self) -> list[tuple[str, dict]]:
         """(name, pod template) of every pod there is, the test's too."""
         templates = [(w["metadata"]["name"], w["spec"]["template"]) for w in self.workloads]
+        for cluster in self.of("RayCluster"):
+            groups = [group["groupName"] for group in cluster["spec"]["workerGroupSpecs"]]
+            names = [f"{cluster['metadata']['name']}-{each}" for each in ("coordinator", *groups)]
+            templates += zip(names, pod_templates(cluster), strict=True)
         return templates + [(p["metadata"]["name"], p) for p in self.of("Pod")]
+
+
+def pod_templates(custom: dict) -> list[dict]:
+    """Of a RayCluster, the head's first: its schema leaves them to that of pods."""
+    spec = custom["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if "headGroupSpec" in spec else []
+    return [group["template"] for group in groups]
 
 
 _renders: dict[tuple, Render] = {}

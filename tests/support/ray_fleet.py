@@ -44,10 +44,10 @@ def pool(name: str, replicas: int, **fields: object) -> dict:
     return base | {"node_label": f"quire.pool={name}"} | fields
 
 
-def fleet_file(*pools: dict, **fields: object) -> dict:
+def fleet_file(*pools: dict, engine: dict | None = None, **fields: object) -> dict:
     # patient transfers: the hosts share two cores with whatever else runs
     transfer = {"kv_heartbeat_s": 5.0, "kv_lease_s": 60.0}
-    models = [{"name": "demo", "engine": ENGINE, "pools": list(pools)}]
+    models = [{"name": "demo", "engine": ENGINE | (engine or {}), "pools": list(pools)}]
     return {
         "fleet": "test", "ray": HEAD, "listen": "0.0.0.0:9200", "state_dir": "/tmp/state",
         "models": models, "transfer": transfer,

@@ -80,8 +80,16 @@ class Host:
     def namespace(self) -> str:
         return f"quire-{self.name}"
 
+    @property
+    def own_etc(self) -> Path:
+        """What `ip netns exec` puts over /etc."""
+        return Path("/etc/netns") / self.namespace
+
     def make(self) -> None:
         link = f"q-{self.name}"
+        # of this machine's name servers none is reached: torch's store would wait for one, by 10 s
+        self.own_etc.mkdir(parents=True, exist_ok=True)
+        (self.own_etc / "resolv.conf").write_text("nameserver 127.0.0.1\n")
         self.folder.mkdir(parents=True)
         (self.folder / "log").touch()
         for line in (
@@ -146,7 +154,7 @@ class Host:
 
 
 def _plain() -> dict[str, str]:
-    names = ("PATH", "HOME", "LANG", "VIRTUAL_ENV")
+    names = ("PATH", "HOME", "LANG", "VIRTUAL_ENV", "PYTHONPATH")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
@@ -179,6 +187,7 @@ def _clean(names) -> None:
         # the link lives on while a process of the namespace does
         for line in (f"ip link del q-{name}", f"ip netns del quire-{name}"):
             subprocess.run(line.split(), capture_output=True, check=False)
+        shutil.rmtree(f"/etc/netns/quire-{name}", ignore_errors=True)
     subprocess.run(["ip", "link", "del", "quire-br"], capture_output=True, check=False)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -18,19 +19,30 @@ from quire.proto.worker_pb2_grpc import WorkerStub
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 START_S = 120
+AS_DEVICE = Path(__file__).parent / "as_device"
 
 
 class WorkerProcess:
-    """`python -m quire.worker` on a socket in `folder`."""
+    """`python -m quire.worker` on a socket in `folder`; with `pool="device"` its KV pool, on a CPU
+    too, is exchanged as one in a device's memory is."""
 
-    def __init__(self, folder: Path, name: str, engine: dict, transfer: dict | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        engine: dict,
+        transfer: dict | None = None,
+        pool: str = "host",
+    ) -> None:
         self.name = name
         self.address = f"unix:{folder}/{name}.sock"
+        path = os.pathsep.join(filter(None, (str(AS_DEVICE), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "quire.worker"], stdin=subprocess.PIPE
+            [sys.executable, "-P", "-m", "quire.worker"],
+            stdin=subprocess.PIPE,
+            env=os.environ | ({"PYTHONPATH": path} if pool == "device" else {}),
         )
         options = {"engine": engine, "listen": self.address, "worker": name, "transfer": transfer}
         options["log_level"] = os.environ.get("QUIRE_TEST_LOG", "warning")

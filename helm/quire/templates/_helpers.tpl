@@ -53,6 +53,21 @@ app.kubernetes.io/part-of: quire
 {{- end -}}
 {{- end -}}
 
+{{- /* "true" where routers tell Kubernetes which pods to delete first. */ -}}
+{{- define "quire.tellsCosts" -}}
+{{- if .Values.router.enabled -}}
+{{- range $role, $pool := include "quire.pools" . | fromYaml -}}
+{{- if eq $pool.workload "Deployment" }}true{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Who may patch pods is nobody but routers. */ -}}
+{{- define "quire.routerAccount" -}}
+{{- include "quire.serviceAccount" . -}}
+{{- if and .Values.serviceAccount.create (include "quire.tellsCosts" .) }}-router{{ end -}}
+{{- end -}}
+
 {{- /* Image of a flavour; call with (dict "root" $ "flavour" "gateway"). */ -}}
 {{- define "quire.image" -}}
 {{- $image := .root.Values.image -}}
@@ -62,7 +77,8 @@ app.kubernetes.io/part-of: quire
 {{- if $digest -}}
 {{- printf "%s@%s" $name $digest -}}
 {{- else -}}
-{{- printf "%s:%s-%s" $name (default .root.Chart.AppVersion $image.tag) (get $image.flavours .flavour) -}}
+{{- $ray := and .root.Values.ray.enabled (has .flavour (list "cpu" "nvidia")) -}}
+{{- printf "%s:%s-%s%s" $name (default .root.Chart.AppVersion $image.tag) (get $image.flavours .flavour) (ternary "-ray" "" $ray) -}}
 {{- end -}}
 {{- end -}}
 
@@ -80,6 +96,10 @@ app.kubernetes.io/part-of: quire
 
 {{- define "quire.tlsSecret" -}}
 {{- default (printf "%s-cluster-tls" (include "quire.fullname" .)) .Values.cluster.tls.existingSecret -}}
+{{- end -}}
+
+{{- define "quire.rayTokenSecret" -}}
+{{- default (printf "%s-ray-token" (include "quire.fullname" .)) .Values.ray.token.existingSecret -}}
 {{- end -}}
 
 {{- define "quire.cacheClaim" -}}
@@ -126,8 +146,13 @@ engine, with replicas and the highest number of them worked out.
 {{- if lt ($most | int) ($replicas | int) -}}
 {{- fail (printf "roles.%s.autoscaling: maxReplicas %d is less than minReplicas %d" $role ($most | int) ($replicas | int)) -}}
 {{- end -}}
-{{- if and (ne $role "unified") (eq $settings.accelerator "nvidia") -}}
-{{- fail (printf "roles.%s: KV blocks are exchanged only from host memory so far: prefill and decode pods need accelerator cpu, GPUs unified pods" $role) -}}
+{{- if and $.Values.ray.enabled $scaled -}}
+{{- fail (printf "roles.%s.autoscaling: with ray.enabled the coordinator keeps one engine in each of a fixed number of pods: give roles.%s.replicas" $role $role) -}}
+{{- end -}}
+{{- if eq $settings.workload "Deployment" -}}
+{{- if or (ne $.Values.discovery "kubernetes") $.Values.cluster.tls.enabled $.Values.ray.enabled -}}
+{{- fail (printf "roles.%s.workload: pods of a Deployment have no names: it needs discovery kubernetes, and goes without cluster.tls and ray" $role) -}}
+{{- end -}}
 {{- end -}}
 {{- $_ := set $settings "replicas" ($replicas | int) -}}
 {{- $_ := set $settings "most" ($most | int) -}}
@@ -150,7 +175,9 @@ engine, with replicas and the highest number of them worked out.
 
 {{- /* Where workers are: names, or the Services that they are behind. Call with root and key. */ -}}
 {{- define "quire.upstream" -}}
-{{- if eq .root.Values.discovery "kubernetes" -}}
+{{- if .root.Values.ray.enabled -}}
+coordinator: {{ include "quire.domain" (dict "root" .root "component" "coordinator") }}:9200
+{{- else if eq .root.Values.discovery "kubernetes" -}}
 kubernetes_service:
   {{- range $role, $_ := include "quire.pools" .root | fromYaml }}
   - {{ include "quire.fullname" $.root }}-{{ $role }}
@@ -172,7 +199,7 @@ kubernetes_service:
 
 {{- /* Settings of a pod that every component has; call with (dict "root" $ "component" c "settings" s). */ -}}
 {{- define "quire.podSettings" -}}
-serviceAccountName: {{ include "quire.serviceAccount" .root }}
+serviceAccountName: {{ include (ternary "quire.routerAccount" "quire.serviceAccount" (eq .component "router")) .root }}
 automountServiceAccountToken: {{ and (eq .root.Values.discovery "kubernetes") (has .component (list "gateway" "router")) }}
 enableServiceLinks: false
 {{- with .root.Values.image.pullSecrets }}
@@ -223,11 +250,6 @@ topologySpreadConstraints:
   value: /tmp
 - name: HF_HOME
   value: /cache/huggingface
-- name: QUIRE_CLUSTER_TOKEN
-  valueFrom:
-    secretKeyRef:
-      name: {{ include "quire.tokenSecret" . }}
-      key: cluster-token
 {{- with .Values.secrets.hfToken.existingSecret }}
 - name: HF_TOKEN
   valueFrom:
@@ -235,6 +257,14 @@ topologySpreadConstraints:
       name: {{ . }}
       key: {{ $.Values.secrets.hfToken.key }}
 {{- end }}
+{{- end -}}
+
+{{- define "quire.tokenEnv" -}}
+- name: QUIRE_CLUSTER_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "quire.tokenSecret" . }}
+      key: cluster-token
 {{- end -}}
 
 {{- define "quire.volumeMounts" -}}
@@ -296,9 +326,12 @@ cluster_tls_ca: /etc/quire-tls/ca.crt
 {{- end -}}
 {{- end -}}
 
-{{- /* Failures of a 5 s start-up probe: 2 minutes, and the time to fetch and read the weights. */ -}}
+{{- /*
+Failures of a 5 s start-up probe: 2 minutes, the time to fetch and read the weights, and with Ray 10
+minutes for its head to be there.
+*/ -}}
 {{- define "quire.startupFailures" -}}
-{{- $seconds := add 120 (divf (mulf .Values.model.sizeGiB 1024) .Values.model.loadMiBPerSecond | ceil | int) -}}
+{{- $seconds := add 120 (ternary 600 0 .Values.ray.enabled) (divf (mulf .Values.model.sizeGiB 1024) .Values.model.loadMiBPerSecond | ceil | int) -}}
 {{- div (add $seconds 4) 5 -}}
 {{- end -}}
 
@@ -314,7 +347,13 @@ metadata:
   labels:
     {{- include "quire.labels" . | nindent 4 }}
 spec:
-  maxUnavailable: {{ $pdb.maxUnavailable | default 1 }}
+  {{- $away := $pdb.maxUnavailable | default 1 | int }}
+  {{- if and .root.Values.ray.kuberay.enabled (has .component (list "unified" "prefill" "decode")) }}
+  # of pods of a custom resource Kubernetes does not know how many there should be
+  minAvailable: {{ max 0 (sub (int .most) $away) }}
+  {{- else }}
+  maxUnavailable: {{ $away }}
+  {{- end }}
   selector:
     matchLabels:
       {{- include "quire.selector" . | nindent 6 }}

@@ -3,6 +3,9 @@ listen: 0.0.0.0:9100
 http_port: 9090
 log_format: json
 {{ include "quire.upstream" (dict "root" . "key" "pod") }}
+{{- if include "quire.tellsCosts" . }}
+deletion_cost: true
+{{- end }}
 {{ include "quire.tlsOptions" . }}
 {{- with .Values.router.options }}
 {{ toYaml . }}

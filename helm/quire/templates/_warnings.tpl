@@ -14,6 +14,12 @@ cluster.tls.enabled is false: pods prove that they know the cluster's token, but
 {{- else if not .Values.cluster.tls.existingSecret }}
 The certificates of cluster.tls are generated and end after {{ .Values.cluster.tls.validityDays }} days; tools that only render the chart make new ones each time: give cluster.tls.existingSecret there.
 {{- end }}
+{{- if and .Values.ray.enabled .Values.cluster.tls.enabled }}
+ray.enabled: cluster.tls encrypts what pods say to each other, but not what Ray's own processes do, which prove that they know Ray's token.
+{{- end }}
+{{- if and .Values.ray.enabled (not .Values.ray.redis.address) }}
+ray.enabled: Ray keeps its state by RocksDB, which it calls alpha; ray.redis.address keeps it in Redis.
+{{- end }}
 {{- if and $gateway.ingress.enabled (not $gateway.ingress.tlsSecret) }}
 gateway.ingress has no tlsSecret: API keys travel unencrypted unless something in front of it ends TLS.
 {{- end }}

@@ -49,3 +49,105 @@ kv_grpc_port: 9300
 {{- end -}}
 {{- toYaml $resources -}}
 {{- end -}}
+
+{{- /*
+Metadata and specification of a worker pod; call with (dict "root" $ "component" role "settings" pool).
+Without Ray it runs one engine; with Ray it is a node, on which the coordinator has one started.
+*/ -}}
+{{- define "quire.workerPod" -}}
+{{- $pool := .settings -}}
+{{- $ray := .root.Values.ray.enabled -}}
+{{- $shm := or $ray (gt (int $pool.tensorParallel) 1) -}}
+metadata:
+  labels:
+    {{- include "quire.podLabels" . | nindent 4 }}
+  annotations:
+    {{- /* the coordinator itself replaces engines whose options have changed */}}
+    checksum/config: {{ include (ternary "quire.nodeConfig" "quire.workerConfig" $ray) . | sha256sum }}
+    {{- with $pool.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  {{- include "quire.podSettings" . | nindent 2 }}
+  terminationGracePeriodSeconds: {{ add $pool.drainSeconds (ternary 20 15 $ray) }}
+  containers:
+    - name: worker
+      image: {{ include "quire.image" (dict "root" .root "flavour" $pool.accelerator) }}
+      imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+      args:
+        {{- if $ray }}
+        - node
+        - --config=/etc/quire/node.yaml
+        - --address=$(POD_IP)
+        {{- if not .root.Values.ray.kuberay.enabled }}
+        - --node-name=$(POD_NAME).{{ include "quire.domain" . }}
+        {{- end }}
+        {{- else }}
+        - worker
+        - --config=/etc/quire/worker.yaml
+        - --worker-name=$(POD_NAME)
+        - --advertise={{ ternary (printf "$(POD_NAME).%s" (include "quire.domain" .)) "$(POD_IP)" (eq $pool.workload "StatefulSet") }}:9000
+        {{- end }}
+      env:
+        - name: POD_NAME
+          valueFrom: {fieldRef: {fieldPath: metadata.name}}
+        {{- if eq $pool.accelerator "nvidia" }}
+        - name: TRITON_CACHE_DIR
+          value: /cache/triton
+        {{- else if not $ray }}
+        # the CPUs of the node are not those of the container
+        - name: QUIRE_NUM_THREADS
+          valueFrom: {resourceFieldRef: {containerName: worker, resource: limits.cpu}}
+        {{- end }}
+        {{- if $ray }}
+        {{- include "quire.rayEnv" .root | nindent 8 }}
+        {{- else }}
+        {{- include "quire.tokenEnv" .root | nindent 8 }}
+        {{- if eq $pool.workload "Deployment" }}
+        - name: POD_IP
+          valueFrom: {fieldRef: {fieldPath: status.podIP}}
+        {{- end }}
+        {{- end }}
+        {{- include "quire.env" .root | nindent 8 }}
+        {{- with $pool.env }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      ports:
+        - {name: grpc, containerPort: 9000}
+        # of the first rank; the others' follow
+        - {name: kv-tcp, containerPort: 9200}
+        - {name: kv-grpc, containerPort: 9300}
+        - {name: status, containerPort: 9090}
+      startupProbe:
+        httpGet: {path: /readyz, port: status}
+        periodSeconds: 5
+        timeoutSeconds: 3
+        failureThreshold: {{ include "quire.startupFailures" .root }}
+      livenessProbe:
+        httpGet: {path: /healthz, port: status}
+        periodSeconds: 10
+        timeoutSeconds: 5
+        failureThreshold: 6
+      readinessProbe:
+        httpGet: {path: /readyz, port: status}
+        periodSeconds: 3
+        timeoutSeconds: 3
+        failureThreshold: 2
+      securityContext:
+        {{- include "quire.workerSecurity" . | nindent 8 }}
+      resources:
+        {{- include "quire.workerResources" . | nindent 8 }}
+      volumeMounts:
+        {{- include "quire.volumeMounts" .root | nindent 8 }}
+        {{- if $shm }}
+        - name: shm
+          mountPath: /dev/shm
+        {{- end }}
+  volumes:
+    {{- include "quire.volumes" (dict "root" .root "component" .component "persistent" true) | nindent 4 }}
+    {{- if $shm }}
+    # ranks talk through it, and Ray maps its store there
+    - name: shm
+      emptyDir: {medium: Memory, sizeLimit: 1Gi}
+    {{- end }}
+{{- end -}}

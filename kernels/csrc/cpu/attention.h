@@ -76,87 +76,30 @@ struct Sight {
   int end;
 };
 
-// ---- scores and weighted values in lanes; gemm-like, see attention_amx.h for tiles ---------------
-
-template <int ROWS, class T>
-void score_rows(const float (*query)[kQueryStride], const T* k, int64_t head_dim, Lanes* acc) {
-  for (int64_t d = 0; d < head_dim; ++d) {
-    const Lanes keys = load(k + d * kBlockTokens);
-    for (int r = 0; r < ROWS; ++r) acc[r] = fma(splat(query[r][d]), keys, acc[r]);
-  }
-}
-
-template <int ROWS>
-void score_rows(const BFloat16 (*query)[kQueryStride], const BFloat16* k, int64_t head_dim,
-                Lanes* acc) {
-  for (int64_t d = 0; d < head_dim; d += 2) {
-    const Pairs keys = load_pairs(k + d * kBlockTokens);
-    for (int r = 0; r < ROWS; ++r) acc[r] = dot(splat_pair(&query[r][d]), keys, acc[r]);
-  }
-}
-
-// acc[row] += sum over the tile's tokens of prob * value, for value columns [column, column + n).
-template <int ROWS, class T>
-void weigh_rows(const float (*probs)[kProbStride], const T* v, int64_t head_dim, int64_t n,
-                Lanes* acc) {
-  for (int token = 0; token < kBlockTokens; ++token) {
-    const Lanes values = load_some(v + token * head_dim, n);
-    for (int r = 0; r < ROWS; ++r) acc[r] = fma(splat(probs[r][token]), values, acc[r]);
-  }
-}
-
-template <int ROWS>
-void weigh_rows(const BFloat16 (*probs)[kProbStride], const BFloat16* v, int64_t head_dim,
-                int64_t n, Lanes* acc) {
-  for (int token = 0; token < kBlockTokens; token += 2) {
-    const BFloat16* row = v + token * head_dim;
-    const Pairs values = n >= kLanes ? load_pairs(row) : load_pairs_partial(row, n);
-    for (int r = 0; r < ROWS; ++r) acc[r] = dot(splat_pair(&probs[r][token]), values, acc[r]);
-  }
-}
-
-// Calls f with the rows [row, row + count) as a compile-time count: fours, then ones.
-template <class F>
-void in_small_groups(int rows, const F& f) {
-  int row = 0;
-  for (; row + 4 <= rows; row += 4) f(row, std::integral_constant<int, 4>());
-  for (; row < rows; ++row) f(row, std::integral_constant<int, 1>());
-}
-
 // Offsets a pointer to an array type without changing its type.
 template <class T, int N>
 const T (*columns_from(const T (*rows)[N], int64_t column))[N] {
   return reinterpret_cast<const T(*)[N]>(&rows[0][column]);
 }
 
-template <class Format>
-void score_in_lanes(AttentionScratch<Format>& scratch, int rows,
-                    const Split<typename Format::Cached>& split, int64_t head_dim) {
-  for (int tile = 0; tile < split.tiles; ++tile) {
-    in_small_groups(rows, [&](int row, auto count) {
-      Lanes acc[count];
-      for (Lanes& lanes : acc) lanes = splat(0.0f);
-      score_rows<count>(&scratch.query[row], split.k[tile], head_dim, acc);
-      for (int r = 0; r < count; ++r) store(&scratch.scores[row + r][tile * kLanes], acc[r]);
-    });
+constexpr int kTilesAhead = 4;
+
+template <class T>
+void prefetch_tiles(const T* const* tiles, int64_t count, int64_t head_dim) {
+  for (int64_t i = 0; i < count; ++i) {
+    prefetch_span(tiles[i], kBlockTokens * head_dim * static_cast<int64_t>(sizeof(T)));
   }
 }
 
-template <class Format>
-void weigh_in_lanes(AttentionScratch<Format>& scratch, int rows,
-                    const Split<typename Format::Cached>& split, int64_t head_dim) {
-  constexpr int kWidth = Format::kPairs ? 2 : 1;  // elements of v per value column
-  for (int64_t column = 0; column < head_dim; column += kLanes) {
-    in_small_groups(rows, [&](int row, auto count) {
-      Lanes acc[count];
-      for (Lanes& lanes : acc) lanes = splat(0.0f);
-      for (int tile = 0; tile < split.tiles; ++tile) {
-        weigh_rows<count>(columns_from(&scratch.probs[row], tile * kBlockTokens),
-                          split.v[tile] + column * kWidth, head_dim, head_dim - column, acc);
-      }
-      for (int r = 0; r < count; ++r) store(&scratch.part[row + r][column], acc[r]);
-    });
-  }
+// While `count` tiles from `tile` on are scored, fetches the keys of those behind them, and their
+// values. Blocks of a sequence are scattered over the pool: no hardware prefetcher finds the next.
+template <class T>
+void fetch_beside(const Split<T>& split, int64_t tile, int64_t count, int64_t head_dim) {
+  if (!split.is_cold) return;
+  const int64_t begin = tile == 0 ? 0 : std::min<int64_t>(split.tiles, tile + kTilesAhead);
+  const int64_t end = std::min<int64_t>(split.tiles, tile + count + kTilesAhead);
+  prefetch_tiles(split.k + begin, end - begin, head_dim);
+  prefetch_tiles(split.v + tile, count, head_dim);
 }
 
 // ---- softmax --------------------------------------------------------------------------------------
@@ -226,6 +169,7 @@ void merge(Mass& total, float* out, const Mass& mass, const float* part, int64_t
 }  // namespace
 }  // namespace quire
 
+#include "attention_lanes.h"
 #if defined(__AMX_BF16__)
 #include "attention_amx.h"
 #endif

@@ -106,11 +106,6 @@ void in_fours(int64_t count, const F& f) {
   if (count - i == 1) f(i, std::integral_constant<int, 1>());
 }
 
-// Blocks of a sequence are scattered over the pool: no hardware prefetcher finds the next one.
-inline void prefetch_tiles(const BFloat16* const* tiles, int64_t count, int64_t head_dim) {
-  for (int64_t i = 0; i < count; ++i) prefetch_span(tiles[i], kBlockTokens * head_dim * 2);
-}
-
 // The products for one head size; tiles are configured for it. Head sizes that tiles cannot cut, and
 // float32 and float16, compute in lanes.
 template <class Format>
@@ -140,13 +135,8 @@ class BestProducts {
  private:
   void score_tiled(AttentionScratch<Format>& scratch, int rows, const Split<BFloat16>& split,
                    int64_t head_dim) const {
-    if (split.is_cold) prefetch_tiles(split.k, std::min(split.tiles, 4), head_dim);
     in_fours(split.tiles, [&](int64_t tile, auto count) {
-      if (split.is_cold) {
-        const int64_t next = std::min<int64_t>(split.tiles - tile - count, 4);
-        prefetch_tiles(split.k + tile + count, next, head_dim);
-        prefetch_tiles(split.v + tile, count, head_dim);
-      }
+      fetch_beside(split, tile, count, head_dim);
       for (int row = 0; row < rows; row += kTileRows) {
         score_tiles<count>(scratch.query[row], split.k + tile, head_dim, dims_,
                            &scratch.scores[row][tile * kBlockTokens]);

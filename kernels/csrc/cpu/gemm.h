@@ -24,6 +24,8 @@ namespace {
 
 // How far ahead of its use a weight is fetched: covers memory latency at ~15 GB/s per core.
 constexpr int64_t kPrefetchBytes = 8192;
+// Inputs that stay in the L2 cache (1 MiB and more) while a thread's panels stream past them.
+constexpr int64_t kRowBlockBytes = 512 << 10;
 
 template <class Format>
 int64_t panel_elements(int64_t k) {
@@ -34,15 +36,38 @@ inline void prefetch_span(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(from) + i);
 }
 
-// acc[row][half] += in[row][0..k) * panel, for ROWS rows. `cold`: the panel is read for the first
-// time, and the next one should be on its way.
+// Weights to fetch during one pass over a panel: `bytes` for each kPanel of k.
+struct Ahead {
+  const char* from;
+  int64_t bytes;
+
+  void step() {
+    prefetch_span(from, bytes);
+    from += bytes;
+  }
+};
+
+// Rows are taken in passes over a panel. A lone pass fetches a little ahead of its use; several fetch
+// the next panel between them, in even parts: all of it in the first would leave the multipliers
+// idle, and then the memory.
+template <class Format>
+Ahead ahead_of(const typename Format::Weight* panel, int64_t k, int64_t pass, int64_t passes) {
+  constexpr int64_t kStep = kPanel * kPanel * sizeof(typename Format::Weight);
+  const auto* from = reinterpret_cast<const char*>(panel);
+  if (passes == 1) return {from + kPrefetchBytes, kStep};
+  const int64_t size = panel_elements<Format>(k) * sizeof(typename Format::Weight);
+  const int64_t share = round_up(ceil_div(kStep, passes), 64);
+  const int64_t done = pass * share * ceil_div(k, kPanel);
+  return {from + size + done, done < size ? share : 0};
+}
+
+// acc[row][half] += in[row][0..k) * panel, for ROWS rows. Inlined, or the sums would live in memory:
+// the compiler cannot know that nothing else points at them.
 template <int ROWS, class T>
-void multiply_panel(const float* in, int64_t stride, const T* panel, int64_t k, bool cold,
-                    Lanes (&acc)[ROWS][2]) {
+[[gnu::always_inline]] inline void multiply_panel(const float* in, int64_t stride, const T* panel,
+                                                  int64_t k, Ahead ahead, Lanes (&acc)[ROWS][2]) {
   for (int64_t i = 0; i < k; ++i, panel += kPanel) {
-    if (cold && i % 8 == 0) {
-      prefetch_span(panel + kPrefetchBytes / sizeof(T), 8 * kPanel * sizeof(T));
-    }
+    if (i % kPanel == 0) ahead.step();
     const Lanes low = load(panel);
     const Lanes high = load(panel + kLanes);
     for (int row = 0; row < ROWS; ++row) {
@@ -54,13 +79,12 @@ void multiply_panel(const float* in, int64_t stride, const T* panel, int64_t k, 
 }
 
 template <int ROWS>
-void multiply_panel(const BFloat16* in, int64_t stride, const BFloat16* panel, int64_t k,
-                    bool cold, Lanes (&acc)[ROWS][2]) {
+[[gnu::always_inline]] inline void multiply_panel(const BFloat16* in, int64_t stride,
+                                                  const BFloat16* panel, int64_t k, Ahead ahead,
+                                                  Lanes (&acc)[ROWS][2]) {
   constexpr int kHalf = 16 * kLanes * 2;
   for (int64_t block = 0; block < k; block += kPanel, panel += 2 * kHalf) {
-    if (cold) {
-      prefetch_span(panel + kPrefetchBytes / sizeof(BFloat16), 2 * kHalf * sizeof(BFloat16));
-    }
+    ahead.step();
     for (int pair = 0; pair < 16; ++pair) {
       const Pairs low = load_pairs(panel + pair * 2 * kLanes);
       const Pairs high = load_pairs(panel + kHalf + pair * 2 * kLanes);
@@ -75,29 +99,57 @@ void multiply_panel(const BFloat16* in, int64_t stride, const BFloat16* panel, i
 
 // One panel for `rows` <= ROWS rows from `row` on; ROWS counts down to the exact number.
 template <class Format, int ROWS, class Finish>
-void panel_rows(const LinearArgs& args, int64_t row, int64_t rows, int64_t panel,
+void panel_rows(const LinearArgs& args, int64_t row, int64_t rows, int64_t panel, Ahead ahead,
                 const Finish& finish) {
   if constexpr (ROWS > 0) {
-    if (rows < ROWS) return panel_rows<Format, ROWS - 1>(args, row, rows, panel, finish);
+    if (rows < ROWS) return panel_rows<Format, ROWS - 1>(args, row, rows, panel, ahead, finish);
     Lanes acc[ROWS][2];
     for (auto& halves : acc) halves[0] = halves[1] = splat(0.0f);
     const auto* weights = static_cast<const typename Format::Weight*>(args.weights);
     multiply_panel<ROWS>(row_of<typename Format::Activation>(args.in, row), args.in.stride,
-                         weights + panel * panel_elements<Format>(args.k), args.k, row == 0, acc);
+                         weights + panel * panel_elements<Format>(args.k), args.k, ahead, acc);
     for (int i = 0; i < ROWS; ++i) finish(row + i, panel, acc[i][0], acc[i][1]);
   }
 }
 
-// Items are panels.
 inline int64_t num_panels(const LinearArgs& args) { return ceil_div(args.n, kPanel); }
 
+// Rows that stay in L2 beside the panels streaming past them.
+template <class Format>
+int64_t row_block(const LinearArgs& args) {
+  const int64_t row_bytes = args.k * static_cast<int64_t>(sizeof(typename Format::Activation));
+  return std::max<int64_t>(1, kRowBlockBytes / row_bytes / kGemmRows) * kGemmRows;
+}
+
+// Items are (block of rows, panel), panels within a block following one another.
+template <class Format>
+int64_t gemm_items(const LinearArgs& args, int64_t rows) {
+  return num_panels(args) * ceil_div(rows, row_block<Format>(args));
+}
+
+// Rows [begin, end) of one panel.
 template <class Format, class Finish>
-void gemm(const LinearArgs& args, int64_t rows, Range panels, const Finish& finish) {
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    for (int64_t row = 0; row < rows; row += kGemmRows) {
-      const int64_t count = std::min<int64_t>(kGemmRows, rows - row);
-      panel_rows<Format, kGemmRows>(args, row, count, panel, finish);
-    }
+void gemm_panel(const LinearArgs& args, int64_t begin, int64_t end, int64_t panel,
+                const Finish& finish) {
+  const auto* weights = static_cast<const typename Format::Weight*>(args.weights);
+  const auto* own = weights + panel * panel_elements<Format>(args.k);
+  const int64_t rows = end - begin;
+  const int64_t passes = ceil_div(rows, kGemmRows);
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = rows * pass / passes;
+    const int64_t count = rows * (pass + 1) / passes - first;
+    panel_rows<Format, kGemmRows>(args, begin + first, count, panel,
+                                  ahead_of<Format>(own, args.k, pass, passes), finish);
+  }
+}
+
+template <class Format, class Finish>
+void gemm(const LinearArgs& args, int64_t rows, Range items, const Finish& finish) {
+  const int64_t panels = num_panels(args);
+  const int64_t block = row_block<Format>(args);
+  for (int64_t item = items.begin; item < items.end; ++item) {
+    const int64_t begin = item / panels * block;
+    gemm_panel<Format>(args, begin, std::min(begin + block, rows), item % panels, finish);
   }
 }
 
@@ -113,8 +165,8 @@ namespace {
 
 #if !defined(__AMX_BF16__)
 template <class Format>
-int64_t best_gemm_items(const LinearArgs& args, int64_t /*rows*/) {
-  return num_panels(args);
+int64_t best_gemm_items(const LinearArgs& args, int64_t rows) {
+  return gemm_items<Format>(args, rows);
 }
 
 template <class Format, class Finish>

@@ -22,7 +22,7 @@
 namespace quire {
 namespace {
 
-constexpr int64_t kRowBlockBytes = 1 << 20;  // of a 2 MiB L2
+constexpr int64_t kTileRowBlockBytes = 1 << 20;  // of a 2 MiB L2
 
 inline void configure_gemm_tiles() {
   TileConfig config;
@@ -158,17 +158,16 @@ void amx_panel(const LinearArgs& args, int64_t begin, int64_t end, int64_t panel
   }
 }
 
-// Rows that stay in L2 beside the panels streaming past them.
-inline int64_t row_block(const LinearArgs& args) {
-  const int64_t fitting = kRowBlockBytes / (2 * round_up(args.k, kPanel));
+// `row_block` for tiles.
+inline int64_t tile_row_block(const LinearArgs& args) {
+  const int64_t fitting = kTileRowBlockBytes / (2 * round_up(args.k, kPanel));
   return std::max<int64_t>(2 * kTileRows, fitting / 32 * 32);
 }
 
-// Items are (block of rows, panel), panels within a block following one another.
 template <class Format>
 int64_t best_gemm_items(const LinearArgs& args, int64_t rows) {
-  const int64_t blocks = Format::kPairs ? ceil_div(rows, row_block(args)) : 1;
-  return num_panels(args) * blocks;
+  if constexpr (!Format::kPairs) return gemm_items<Format>(args, rows);
+  return num_panels(args) * ceil_div(rows, tile_row_block(args));
 }
 
 template <class Format, class Finish>
@@ -176,7 +175,7 @@ void best_gemm(const LinearArgs& args, int64_t rows, Range items, const Finish& 
   if constexpr (Format::kPairs) {
     configure_gemm_tiles();
     const int64_t panels = num_panels(args);
-    const int64_t block = row_block(args);
+    const int64_t block = tile_row_block(args);
     PendingRows<Finish> pending(finish);
     for (int64_t item = items.begin; item < items.end; ++item) {
       const int64_t row = item / panels * block;

@@ -52,7 +52,10 @@ bool has_avx512() {
          has(flags, 31);
 }
 
-bool has_avx512_bf16() { return has_avx512() && has(CpuidLeaf(7, 1).eax, 5); }
+// Every processor with BF16 dot products has the integer ones (VNNI) too; a virtual machine may hide them.
+bool has_avx512_bf16() {
+  return has_avx512() && has(CpuidLeaf(7, 0).ecx, 11) && has(CpuidLeaf(7, 1).eax, 5);
+}
 
 // Linux gives a process the large tile registers only when it asks.
 bool permitted_to_use_tiles() {

@@ -5,7 +5,9 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "fixed_point.h"
 #include "gemm.h"
+#include "gemm_quantized.h"
 #include "rope.h"
 
 namespace quire {
@@ -75,6 +77,30 @@ void run_join_columns(const Op& op, const Step& step, int64_t begin, int64_t end
   join_columns(op.parts, step.rows(op.domain), {begin, end});
 }
 
+void run_fixed_point(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  in_format(step, begin, end, [&](auto format, Range rows) {
+    fixed_point<decltype(format)>(op.fixed_point, rows);
+  });
+}
+
+void run_norm_fixed_point(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  in_format(step, begin, end, [&](auto format, Range rows) {
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      rms_norm<decltype(format)>(op.norm_fixed_point.norm, {row, row + 1});
+      fixed_point<decltype(format)>(op.norm_fixed_point.fixed_point, {row, row + 1});
+    }
+  });
+}
+
+int64_t quantized_items(const Op& op, const Step&) { return num_panels(op.quantized.linear); }
+
+void run_quantized_linear(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+  in_format(step, begin, end, [&](auto format, Range panels) {
+    using Activation = typename decltype(format)::Activation;
+    quantized_linear<Activation>(op.quantized, step.rows(op.domain), panels);
+  });
+}
+
 void release() {
 #if defined(__AMX_BF16__)
   _tile_release();
@@ -95,7 +121,10 @@ constexpr Kernels make_table(const char* name) {
            {attention_op_items, run_attention},
            {row_items, run_take_rows},
            {row_items, run_sum_parts},
-           {row_items, run_join_columns}},
+           {row_items, run_join_columns},
+           {row_items, run_fixed_point},
+           {quantized_items, run_quantized_linear},
+           {row_items, run_norm_fixed_point}},
           release,
           kScratchBytes};
 }

@@ -39,7 +39,10 @@ enum class OpCode : int32_t {
   kTakeRows = 5,
   kSumParts = 6,
   kJoinColumns = 7,
-  kCount = 8,
+  kFixedPoint = 8,
+  kQuantizedLinear = 9,
+  kNormFixedPoint = 10,
+  kCount = 11,
 };
 
 enum class Domain : int32_t { kTokens = 0, kLogitRows = 1 };
@@ -82,6 +85,31 @@ struct LinearArgs {
   int64_t k;
   int64_t n;  // columns of the packed matrix (gate and up together for kSiluMul)
   Epilogue epilogue;
+};
+
+// Activations made ready for kQuantizedLinear; see fixed_point.h.
+struct FixedPointArgs {
+  Matrix in;             // activations
+  Matrix out;            // int16
+  const int32_t* order;  // [k] column of `in` that goes to each place, or null
+  int64_t k;
+  int64_t block;  // elements that share a scale, a multiple of 16
+};
+
+constexpr int64_t kMaxFixedBlock = 128;
+
+// A norm and, while a row is in the cache, what its result is for: `fixed_point.in` is `norm.out`.
+struct NormFixedPointArgs {
+  RmsNormArgs norm;
+  FixedPointArgs fixed_point;
+};
+
+struct QuantizedLinearArgs {
+  LinearArgs linear;  // weights as quantized_layout.h says; `in` is fixed point
+  int64_t group_size;
+  int64_t block;  // divides the group size where there are several groups
+  int32_t bits;
+  int32_t has_zeros;
 };
 
 struct HeadShape {
@@ -138,6 +166,9 @@ struct Op {
     AttentionArgs attention;
     TakeRowsArgs take_rows;
     PartsArgs parts;
+    FixedPointArgs fixed_point;
+    QuantizedLinearArgs quantized;
+    NormFixedPointArgs norm_fixed_point;
   };
 };
 

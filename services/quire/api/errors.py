@@ -26,11 +26,13 @@ STATUS: dict[str, tuple[int, str]] = {
     "context_length_exceeded": (400, "invalid_request_error"),
     # who and where
     "invalid_api_key": (401, "invalid_request_error"),
+    "permission_denied": (403, "invalid_request_error"),
     "model_not_found": (404, "invalid_request_error"),
     "request_not_found": (404, "invalid_request_error"),
     "unknown_url": (404, "invalid_request_error"),
     "method_not_allowed": (405, "invalid_request_error"),
     "request_timeout": (408, "invalid_request_error"),
+    "conflict": (409, "invalid_request_error"),
     "body_too_large": (413, "invalid_request_error"),
     "url_too_long": (414, "invalid_request_error"),
     "unsupported_media_type": (415, "invalid_request_error"),

@@ -12,6 +12,7 @@ from quire.cli import (
     control,
     doctor,
     gateway,
+    node,
     role,
     router,
     scale,
@@ -43,6 +44,7 @@ INTRODUCTION = """\
     quire router                   choose workers for the requests of gateways
     quire worker [MODEL]           run one engine for gateways elsewhere
     quire up -f fleet.yaml         keep a fleet of engine replicas running on Ray
+    quire node                     make this host, or pod, a node of a Ray cluster
     quire status                   show the pods of a fleet
     quire scale POOL=N ...         change how many replicas a fleet's pools have
     quire role POD ROLE            change what a pod of a fleet is for
@@ -89,8 +91,8 @@ Names are vLLM's where the meaning is the same; other spellings are listed with 
 are accepted, with a warning that says why they change nothing:
 """
 COMMANDS = (
-    serve.COMMAND, gateway.COMMAND, router.COMMAND, worker.COMMAND, up.COMMAND, status.COMMAND,
-    scale.COMMAND, role.COMMAND, control.COMMAND, chat.COMMAND,
+    serve.COMMAND, gateway.COMMAND, router.COMMAND, worker.COMMAND, up.COMMAND, node.COMMAND,
+    status.COMMAND, scale.COMMAND, role.COMMAND, control.COMMAND, chat.COMMAND,
     complete.COMMAND, throughput.COMMAND, latency.COMMAND,
     step.COMMAND, startup.COMMAND, bench_serve.COMMAND,
     top.COMMAND, doctor.COMMAND, collect_env.COMMAND,

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, SubCommand] = {
     "router": SubCommand("quire.cli.router", "choose workers for the requests of gateways"),
     "worker": SubCommand("quire.cli.worker", "run one engine for gateways elsewhere"),
     "up": SubCommand("quire.cli.up", "keep a fleet of engine replicas running on Ray"),
+    "node": SubCommand("quire.cli.node", "make this host, or pod, a node of a Ray cluster"),
     "status": SubCommand("quire.cli.status", "show the pods of a fleet"),
     "scale": SubCommand("quire.cli.scale", "change how many replicas a fleet's pools have"),
     "role": SubCommand("quire.cli.role", "change what a pod of a fleet is for"),

@@ -40,6 +40,7 @@ def run(argv: Sequence[str]) -> int:
             cluster=cluster,
             http_port=server.http_port,
             discovery=server,
+            deletion_cost=server.deletion_cost,
         )
         return await serve_router(options, never)
 

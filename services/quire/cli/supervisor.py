@@ -105,7 +105,8 @@ class Supervisor:
                     delay = self.patience.first_delay
             logger.error("%s died (%s); starting it again in %g s", self.name, _died(code), delay)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await self._stopping.wait()
             if self._stopping.is_set():
                 return 0
             delay = min(2 * delay, self.patience.longest_delay)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from quire.cli.standalone import require_token, run_alone
 from quire.config.address import host_of
+from quire.config.cluster import ClusterConfig
 from quire.config.engine import EngineConfig
-from quire.config.flags import Command, parse
+from quire.config.flags import Command, UsageError, parse
 from quire.config.logs import LogConfig
 from quire.config.transfer import TransferConfig
 from quire.config.worker import WorkerConfig
+from quire.telemetry.logging import configure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quire.config.resolve import Resolved
+    from quire.engine.parallel.spread import Spread
 
 COMMAND = Command(
     prog="quire worker",
@@ -36,6 +39,13 @@ def run(argv: Sequence[str]) -> int:
     engine, worker = resolved.get(EngineConfig), resolved.get(WorkerConfig)
     require_token(COMMAND, worker.listen, resolved.get(TransferConfig))
     transfer = _transfer(resolved)
+    spread = _spread(resolved)
+    if worker.node_rank and spread is not None:
+        from quire.engine.parallel import node
+
+        log = resolved.get(LogConfig)
+        configure(log.log_level, "json" if log.log_format == "json" else "text")
+        return node.run(spread, worker.node_rank, engine.drain_timeout_s)
 
     async def serve() -> int:
         from quire.worker.disaggregation import TransferOptions
@@ -55,6 +65,7 @@ def run(argv: Sequence[str]) -> int:
                 advertise=worker.advertise,
                 http_port=worker.http_port,
                 ends_with_stdin=False,
+                spread=spread,
             )
         )
 
@@ -63,6 +74,24 @@ def run(argv: Sequence[str]) -> int:
     sys.stderr.flush()
     # A stalled engine thread would keep the interpreter from ending.
     os._exit(code)
+
+
+def _spread(resolved: Resolved) -> Spread | None:
+    """None for a replica of one host. Raises UsageError."""
+    engine, worker = resolved.get(EngineConfig), resolved.get(WorkerConfig)
+    transfer = resolved.get(TransferConfig)
+    if worker.nnodes == 1:
+        return None
+    from quire.engine.parallel.spread import Spread
+
+    require_token(COMMAND, f"{worker.master_addr}:{worker.master_port}", transfer)
+    cluster = ClusterConfig(**{f.name: getattr(transfer, f.name) for f in fields(ClusterConfig)})
+    spread = Spread(worker.nnodes, worker.master_addr, worker.master_port, cluster)
+    try:
+        spread.ranks_of(0, engine.tensor_parallel_size)
+    except ValueError as error:
+        raise UsageError(COMMAND.prog, str(error)) from None
+    return spread
 
 
 def _transfer(resolved: Resolved) -> TransferConfig:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 
 UNIX = "unix:"
+ANY_HOST = ("0.0.0.0", "::")
+"""To listen on every address of this host."""
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -22,6 +24,12 @@ def check_address(address: str) -> None:
         split_address(address)
     elif address == UNIX:
         raise ValueError("unix: needs a path behind it")
+
+
+def check_port(what: str, port: int) -> None:
+    """Raises ValueError when there is no such port; 0 is one."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"{what} must be between 0 and 65535, not {port}")
 
 
 def host_of(address: str) -> str | None:

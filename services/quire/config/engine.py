@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from quire.config.base import check_fields
 from quire.config.option import option
 
+QUANTIZATIONS = ("int8", "int4", "gptq", "gptq_marlin", "awq", "awq_marlin", "compressed-tensors")
+"""vLLM's name for a kernel, *_marlin, says no more of a checkpoint than the format's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -20,6 +23,9 @@ class EngineConfig:
     """Branch, tag or commit of a Hugging Face model."""
     dtype: str = option("auto", "model", choices=("auto", "float32", "bfloat16", "float16"))
     """Compute type: auto (the checkpoint's), float32, bfloat16 or float16."""
+    quantization: str | None = option(None, "model", aliases=("-q",))
+    """int8 and int4 round the weights of a checkpoint of floats while it loads, in groups of 128.
+    gptq, awq and compressed-tensors name what the checkpoint must be; it is found without."""
     load_format: str = option("auto", "model", choices=("auto", "dummy"))
     """auto reads safetensors; dummy fills random weights (for benchmarks)."""
     device: str = option("auto", "model", choices=("auto", "cpu", "cuda"))
@@ -66,6 +72,9 @@ class EngineConfig:
         check_fields(self)
         if self.block_size != 16:
             raise ValueError(f"block_size is fixed at 16, not {self.block_size}")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            known = ", ".join(QUANTIZATIONS)
+            raise ValueError(f"quantization must be one of {known}, not {self.quantization!r}")
         positive = ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens")
         for name in (*positive, "max_num_queued_reqs"):
             if getattr(self, name) < 1:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quire.config.address import check_address, host_of, is_local
+from quire.config.address import check_address, check_port, host_of, is_local
 from quire.config.base import check_fields, from_mapping
 from quire.config.engine import EngineConfig
+from quire.config.logs import LogConfig
 from quire.config.option import option
 from quire.config.transfer import TransferConfig
 from quire.config.values import ConfigError, did_you_mean
@@ -42,6 +43,11 @@ class CoordinatorConfig:
     ray_reconnect_s: int = option(600, "coordinator")
     """For how long Ray's processes wait for a lost head before they end. Those that others start
     need RAY_gcs_rpc_server_reconnect_timeout_s themselves."""
+    ray_wait_s: float = option(0.0, "coordinator")
+    """For how long Ray, and nodes with room for every replica, may take to appear before that is an
+    error. Where nodes start beside the coordinator, as pods do, minutes."""
+    http_port: int = option(0, "coordinator")
+    """Port for /metrics, /healthz and /readyz over HTTP, on the host of `listen`; 0 for none."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,6 +63,9 @@ class CoordinatorConfig:
         for name in ("orphan_s", "ray_reconnect_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.ray_wait_s < 0:
+            raise ValueError(f"ray_wait_s must not be negative, not {self.ray_wait_s}")
+        check_port("http_port", self.http_port)
 
     @property
     def folder(self) -> Path:
@@ -84,11 +93,13 @@ class PoolConfig:
     cpus: float = option(1.0, "pool")
     """CPUs of a replica, all its ranks together."""
     gpus: int = option(0, "pool")
-    """GPUs of a replica, all its ranks together; they are on one host."""
+    """GPUs of a replica, all its ranks together. One that no host can hold goes over several."""
     node_label: str = option("", "pool")
     """KEY=VALUE that a node must be labelled with, see `ray start --labels`; any node if empty."""
     port: int = option(0, "pool")
     """Port of a replica's gRPC service; 0 takes a free one. A fixed port allows one per host."""
+    http_port: int = option(0, "pool")
+    """Port of a replica's /metrics, /healthz and /readyz over HTTP; 0 for none."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -101,8 +112,8 @@ class PoolConfig:
             raise ValueError(
                 f"pool {self.name}: node_label must be KEY=VALUE, not {self.node_label!r}"
             )
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"pool {self.name}: port must be between 0 and 65535")
+        for name in ("port", "http_port"):
+            check_port(f"pool {self.name}: {name}", getattr(self, name))
 
     @property
     def labels(self) -> dict[str, str]:
@@ -119,6 +130,12 @@ class ModelFleet:
     """As clients call it."""
     engine: EngineConfig
     pools: tuple[PoolConfig, ...]
+    own_engines: Mapping[str, EngineConfig] = field(default_factory=dict)
+    """Of pools that differ from it, by their names."""
+
+    def engine_of(self, pool: str) -> EngineConfig:
+        """Options of the engines of a pool."""
+        return self.own_engines.get(pool, self.engine)
 
 
 @dataclass(frozen=True)
@@ -128,6 +145,8 @@ class Fleet:
     coordinator: CoordinatorConfig
     models: tuple[ModelFleet, ...]
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    """Of the engines."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -187,10 +206,12 @@ def fleet_from(content: Any, transfer: TransferConfig | None = None) -> Fleet:
     if not isinstance(models, list):
         raise ValueError("models: a list is needed")
     section = dict(_mapping("transfer", top.pop("transfer", {})))
+    log = from_mapping(LogConfig, _options("log", top.pop("log", {})))
     return Fleet(
         coordinator=from_mapping(CoordinatorConfig, top),
         models=tuple(_model(number, raw) for number, raw in enumerate(models)),
         transfer=_joined(section, transfer or TransferConfig()),
+        log=log,
     )
 
 
@@ -201,14 +222,26 @@ def _model(number: int, raw: Any) -> ModelFleet:
     for key in given.keys() - set(known):
         raise ValueError(f"{what}: unknown key {key!r}{did_you_mean(key, known)}")
     try:
-        engine = from_mapping(EngineConfig, dict(_mapping("engine", given.get("engine", {}))))
+        shared = _options("engine", given.get("engine", {}))
+        engine = from_mapping(EngineConfig, shared)
         pools = given.get("pools")
         if not isinstance(pools, list) or not pools:
             raise ValueError("pools: a list of at least one is needed")
-        parsed = tuple(from_mapping(PoolConfig, dict(_mapping("pool", pool))) for pool in pools)
+        parsed, own = [], {}
+        for raw_pool in pools:
+            options = _options("pool", raw_pool)
+            differing = options.pop("engine", None)
+            parsed.append(pool := from_mapping(PoolConfig, options))
+            if differing is not None:
+                over = shared | _options(f"pool {pool.name}: engine", differing)
+                own[pool.name] = from_mapping(EngineConfig, over)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-    return ModelFleet(str(given.get("name", engine.model)), engine, parsed)
+    return ModelFleet(str(given.get("name", engine.model)), engine, tuple(parsed), own)
+
+
+def _options(what: str, value: Any) -> dict[str, Any]:
+    return {str(key).replace("-", "_"): given for key, given in _mapping(what, value)}
 
 
 def _joined(section: Mapping[str, object], over: TransferConfig) -> TransferConfig:

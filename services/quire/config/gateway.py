@@ -54,6 +54,9 @@ class GatewayConfig:
     api_key: tuple[str, ...] = option((), "access", secret=True)
     """Key a client must send as a bearer token; several may be given. Better in QUIRE_API_KEY:
     other users of the machine can read a command line."""
+    admin_key: str | None = option(None, "access", secret=True)
+    """Key for /sleep, /wake_up and /is_sleeping, sent as a bearer token; without one they are
+    refused. Better in QUIRE_ADMIN_KEY."""
     allow_unauthenticated: bool = option(False, "access")
     """Listen beyond this machine without an API key: anyone who reaches the port may use it."""
     allowed_origins: tuple[str, ...] = option((), "access")
@@ -94,6 +97,8 @@ class GatewayConfig:
             raise ValueError("ssl_keyfile and ssl_certfile go together; only one is given")
         if any(not key for key in self.api_key):
             raise ValueError("api_key must not be empty")
+        if self.admin_key == "" or self.admin_key in self.api_key:
+            raise ValueError("admin_key must not be empty, nor one of the API keys")
         self._check_numbers()
         if not (self.is_local or self.api_key or self.allow_unauthenticated):
             raise ValueError(

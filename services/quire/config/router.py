@@ -73,8 +73,14 @@ class RouterServerConfig(DiscoveryConfig):
     """gRPC address of a worker, several are allowed. NAME=ADDRESS gives it a name; without, the
     address is its name. Gateways must call it the same."""
 
+    deletion_cost: bool = option(False, "server")
+    """Write into each pod of --kubernetes-service how busy it is, so that a ReplicaSet that scales
+    down takes the idlest."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.deletion_cost and not self.kubernetes_service:
+            raise ValueError("deletion_cost is of pods found by kubernetes_service")
         check_listen(self.listen, self.http_port)
         if len(self.pods) < len(self.pod):
             raise ValueError("pod: two pods have the same name")

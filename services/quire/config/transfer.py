@@ -37,6 +37,9 @@ class TransferConfig(ClusterConfig):
     """Bytes that may be sent and not acknowledged on one link."""
     kv_landing_bytes: int = option(32 << 20, "transfer")
     """Memory per nixl link that the other side writes into (suffixes K, M, G)."""
+    kv_staging_bytes: int = option(256 << 20, "transfer")
+    """Pinned host memory of each rank on a GPU that KV blocks pass through, half of it in each
+    direction; ranks on a CPU need none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,7 +35,6 @@ REFUSED = {
     "trust_remote_code": Foreign(
         False, "code from a model repository is never run; models are built into Quire"
     ),
-    "quantization": Foreign(True, "quantized checkpoints are not supported yet"),
     "enable_lora": Foreign(False, "LoRA adapters are not supported yet"),
     "lora_modules": Foreign(True, "LoRA adapters are not supported yet"),
     "speculative_config": Foreign(True, "speculative decoding is not supported yet"),

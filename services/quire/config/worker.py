@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quire.config.address import check_address
+from quire.config.address import check_address, check_port
 from quire.config.base import check_fields
 from quire.config.option import option
 
@@ -30,9 +30,26 @@ class WorkerConfig:
     http_port: int = option(0, "worker")
     """Port for /metrics, /healthz and /readyz over HTTP, on the host of --listen; 0 for none."""
 
+    nnodes: int = option(1, "worker")
+    """Hosts that the ranks of this replica run on, as many on each: `quire worker` is started on
+    every one of them, with the same options but for node_rank."""
+    node_rank: int = option(0, "worker")
+    """This host among them. Host 0 serves; the others run ranks for it and end with it."""
+    master_addr: str = option("127.0.0.1", "worker")
+    """Name or address of host 0, as the other hosts reach it."""
+    master_port: int = option(29501, "worker")
+    """Port of host 0 for the other hosts."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         check_listen(self.listen, self.http_port)
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ValueError(
+                f"node_rank must be between 0 and nnodes - 1 = {self.nnodes - 1}, not "
+                f"{self.node_rank}"
+            )
+        if not 0 < self.master_port <= 65535:
+            raise ValueError(f"master_port must be between 1 and 65535, not {self.master_port}")
         if self.advertise is not None:
             check_address(self.advertise)
 
@@ -43,5 +60,4 @@ def check_listen(listen: str, http_port: int) -> None:
         check_address(listen)
     except ValueError as error:
         raise ValueError(f"listen: {error}") from None
-    if not 0 <= http_port <= 65535:
-        raise ValueError(f"http_port must be between 0 and 65535, not {http_port}")
+    check_port("http_port", http_port)

@@ -22,10 +22,13 @@ _CLUSTER = ("cluster_token", "cluster_tls_cert", "cluster_tls_key", "cluster_tls
 
 def demands(fleet: Fleet, replicas: Mapping[str, int]) -> list[Demand]:
     """What the pools need, with these numbers of replicas."""
-    return [
-        Demand(name, replicas[name], pool.cpus, pool.gpus, pool.labels)
-        for name, pool in fleet.pools.items()
-    ]
+    return [demand(fleet, pool, replicas[name]) for name, pool in fleet.pools.items()]
+
+
+def demand(fleet: Fleet, pool: PoolConfig, replicas: int) -> Demand:
+    """What a pool needs, with this number of replicas."""
+    ranks = fleet.model_of(pool.name).engine.tensor_parallel_size
+    return Demand(pool.name, replicas, pool.cpus, pool.gpus, pool.labels, ranks)
 
 
 def wanted(fleet: Fleet, replicas: Mapping[str, int], roles: Mapping[str, str]) -> list[Wanted]:
@@ -56,7 +59,7 @@ def assignment(fleet: Fleet, want: Wanted, term: int) -> Assignment:
         host=_LOCAL_HOST if fleet.coordinator.is_local else None,
         port=pool.port,
         orphan_s=fleet.coordinator.orphan_s,
-        drain_s=fleet.model_of(pool.name).engine.drain_timeout_s,
+        drain_s=fleet.model_of(pool.name).engine_of(pool.name).drain_timeout_s,
         options=_worker_options(fleet, pool),
         cluster=cluster,
     )
@@ -78,16 +81,16 @@ def model_paths(fleet: Fleet) -> Iterator[tuple[str, PoolConfig]]:
 
     Raises ValueError for a path that means something else on each of them.
     """
-    for model in fleet.models:
-        for path in (model.engine.model, model.engine.tokenizer):
+    for name, pool in fleet.pools.items():
+        engine = fleet.model_of(name).engine_of(name)
+        for path in (engine.model, engine.tokenizer):
             if path is None or not path.startswith(("/", ".", "~")):
                 continue  # a hub id, or the demo model
             if not path.startswith("/"):
                 raise ValueError(
                     f"model {path}: give an absolute path, it is looked up on each node"
                 )
-            for pool in model.pools:
-                yield path, pool
+            yield path, pool
 
 
 def _worker_options(fleet: Fleet, pool: PoolConfig) -> dict[str, Any]:
@@ -95,7 +98,9 @@ def _worker_options(fleet: Fleet, pool: PoolConfig) -> dict[str, Any]:
     model = fleet.model_of(pool.name)
     transfer = _changed(fleet.transfer)
     transfer.pop("cluster_token", None)  # goes through the environment
-    return _changed(model.engine) | transfer | {"served_model_name": model.name}
+    status = {"http_port": pool.http_port} if pool.http_port else {}
+    engine = _changed(model.engine_of(pool.name))
+    return engine | transfer | _changed(fleet.log) | status | {"served_model_name": model.name}
 
 
 def _changed(config: Any) -> dict[str, Any]:

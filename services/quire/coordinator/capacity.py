@@ -29,13 +29,33 @@ class Node:
 
 @dataclass(frozen=True)
 class Demand:
-    """What the replicas of a pool need, each on one host."""
+    """What the replicas of a pool need, each on one host where it fits there."""
 
     pool: str
     replicas: int
     cpus: float
-    gpus: float = 0
+    gpus: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
+    ranks: int = 1
+    """Of a replica: what is too large for any host goes over several, as many ranks on each."""
+
+    def share(self, hosts: int) -> dict[str, float]:
+        """Ray's resources of a replica on each of its hosts."""
+        amounts = (("CPU", self.cpus / hosts), ("GPU", self.gpus / hosts))
+        return {kind: amount for kind, amount in amounts if amount}
+
+
+def hosts_of(nodes: Sequence[Node], demand: Demand) -> int:
+    """Over how many hosts a replica goes: the fewest that could hold it if they held nothing else,
+    1 if none could."""
+    able = [node for node in nodes if node.matches(demand.labels)]
+    for hosts in range(1, demand.ranks + 1):
+        if demand.ranks % hosts or demand.gpus % hosts:
+            continue
+        share = demand.share(hosts)
+        if sum(_Left(node, node.cpus, node.gpus).take(share) for node in able) >= hosts:
+            return hosts
+    return 1
 
 
 @dataclass
@@ -44,12 +64,12 @@ class _Left:
     cpus: float
     gpus: float
 
-    def take(self, demand: Demand) -> bool:
-        fits = self.cpus + EPSILON >= demand.cpus and self.gpus + EPSILON >= demand.gpus
-        if not fits or not self.node.matches(demand.labels):
+    def take(self, share: Mapping[str, float]) -> bool:
+        cpus, gpus = share.get("CPU", 0.0), share.get("GPU", 0.0)
+        if self.cpus + EPSILON < cpus or self.gpus + EPSILON < gpus:
             return False
-        self.cpus -= demand.cpus
-        self.gpus -= demand.gpus
+        self.cpus -= cpus
+        self.gpus -= gpus
         return True
 
 
@@ -61,11 +81,13 @@ def shortage(nodes: Sequence[Node], demands: Iterable[Demand]) -> str | None:
     """
     left = [_Left(node, node.cpus, node.gpus) for node in nodes]
     for demand in sorted(demands, key=lambda d: (-d.gpus, -d.cpus, -len(d.labels), d.pool)):
-        placed = 0
-        while placed < demand.replicas and any(one.take(demand) for one in left):
-            placed += 1
-        if placed < demand.replicas:
-            return _explain(demand, placed, nodes)
+        hosts = hosts_of(nodes, demand)
+        share, able = demand.share(hosts), [x for x in left if x.node.matches(demand.labels)]
+        shares = 0
+        while shares < hosts * demand.replicas and any(one.take(share) for one in able):
+            shares += 1
+        if shares < hosts * demand.replicas:
+            return _explain(demand, shares // hosts, nodes)
     return None
 
 

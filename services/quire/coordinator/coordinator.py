@@ -17,9 +17,10 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from quire.config.address import ANY_HOST
 from quire.coordinator import assignments, capacity
 from quire.coordinator.joining import RayError
-from quire.coordinator.placement import HeadAway, Room, Unreachable
+from quire.coordinator.placement import HeadAway, Unreachable
 from quire.coordinator.reconcile import Place, Seen, SetRole, State, Stop, decide
 from quire.coordinator.replica import Replica
 from quire.coordinator.supervisor import StaleTerm
@@ -40,12 +41,15 @@ LEADER_S = 2.0
 LEAVE_S = 0.7
 """Between leaving the topology and draining: requests move while the engine hands out blocks."""
 STOP_POLL_S = 0.2
-ANY_HOST = ("0.0.0.0", "::")
 STOP_GRACE_S = 10.0
 
 
 class Refused(Exception):
     """A request that cannot be granted; the message says what to change."""
+
+
+class NoRoom(Refused):
+    """The nodes that there are do not hold every replica."""
 
 
 class Deposed(Exception):
@@ -292,8 +296,11 @@ class Coordinator:
         pool = assignments.pool_of(self.fleet, pod)
         if want is None or pool is None:
             return
-        room = Room.of(pool, self._record.hosts.get(pod, ""))
-        await self._cluster.place(assignments.assignment(self.fleet, want, self.term), room)
+        await self._cluster.place(
+            assignments.assignment(self.fleet, want, self.term),
+            assignments.demand(self.fleet, pool, 1),
+            near=self._record.hosts.get(pod, ""),
+        )
 
     async def _set_role(self, pod: str, role: str) -> None:
         await self._cluster.set_role(pod, self.term, role)
@@ -306,7 +313,10 @@ class Coordinator:
             await asyncio.sleep(LEAVE_S)
         try:
             await self._cluster.stop(pod, self.term)
-            drain_s = max(model.engine.drain_timeout_s for model in self.fleet.models)
+            drain_s = max(
+                self.fleet.model_of(name).engine_of(name).drain_timeout_s
+                for name in self.fleet.pools
+            )
             async with asyncio.timeout(drain_s + STOP_GRACE_S):
                 while not await self._cluster.is_stopped(pod):  # noqa: ASYNC110 - is a call
                     await asyncio.sleep(STOP_POLL_S)
@@ -361,11 +371,11 @@ class Coordinator:
         await asyncio.gather(*(self._drain(pod.address) for pod in self.topology.pods))
 
     async def _check_room(self, numbers: Mapping[str, int]) -> None:
-        """Raises Refused when the cluster has no room, or a node has not got a model."""
+        """Raises NoRoom, and Refused when a node has not got a model."""
         nodes = await self._cluster.nodes()
         lacking = capacity.shortage(nodes, assignments.demands(self.fleet, numbers))
         if lacking is not None:
-            raise Refused(lacking)
+            raise NoRoom(lacking)
         try:
             paths = list(assignments.model_paths(self.fleet))
         except ValueError as error:

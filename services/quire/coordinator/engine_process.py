@@ -38,6 +38,8 @@ class Engine:
     digest: str
     gpus: str | None
     """Devices it sees."""
+    master: str = ""
+    """Where rank 0 meets the ranks of other hosts, if there are any."""
 
     @property
     def is_alive(self) -> bool:
@@ -57,6 +59,8 @@ class Launch:
     orphan_s: float
     gpus: str | None
     """Devices it shall see; None for those that this process sees."""
+    master: str = ""
+    """See `Engine`."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def find(folder: Path) -> Engine | None:
         about["address"],
         about["digest"],
         about["gpus"],
+        about.get("master", ""),
     )
     return engine if engine.is_alive else None
 
@@ -109,7 +114,12 @@ def start(folder: Path, launch: Launch) -> Engine:
         {
             "command": [sys.executable, "-P", "-m", "quire", "worker", "--config", str(options)],
             "orphan_s": launch.orphan_s,
-            "facts": {"address": launch.address, "digest": launch.digest, "gpus": gpus},
+            "facts": {
+                "address": launch.address,
+                "digest": launch.digest,
+                "gpus": gpus,
+                "master": launch.master,
+            },
         },
     )
     keeper = subprocess.run(

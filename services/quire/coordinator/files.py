@@ -56,27 +56,38 @@ def signal_process(process: Identity, number: int) -> None:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process, 0 when it has ended."""
+    """Memory of a process and of those that it started, 0 when it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     except OSError:
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    started = (int(child) for children in lists for child in children.split())
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident_bytes, started))
 
 
-def engine_folder(fleet: str, pod: str) -> Path:
-    """This user's folder for an engine on this host, made if it is missing.
+def engine_folder(fleet: str, pod: str, node: int = 0) -> Path:
+    """This user's folder for an engine, or its part, on this host; made if it is missing.
 
     Raises OSError when it belongs to somebody else.
     """
-    base = Path(tempfile.gettempdir()) / f"quire-{os.getuid()}"
+    base = _base()
     base.mkdir(mode=0o700, exist_ok=True)
     about = base.lstat()
     if about.st_uid != os.getuid() or about.st_mode & 0o077 or base.is_symlink():
         raise OSError(f"{base} is open to others: remove it")
-    folder = base / fleet / pod
+    folder = base / fleet / (f"{pod}.{node}" if node else pod)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def engine_folders() -> list[Path]:
+    """Folders of all engines that were ever started by this user on this host."""
+    return sorted(path.parent for path in _base().glob(f"*/*/{ENGINE}"))
+
+
+def _base() -> Path:
+    return Path(tempfile.gettempdir()) / f"quire-{os.getuid()}"
 
 
 def write_json(path: Path, value: Any) -> None:

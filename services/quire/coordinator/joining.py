@@ -7,6 +7,12 @@ import socket
 
 from quire.config.address import split_address
 
+OBJECT_STORE_BYTES = 80_000_000
+"""Ray's least is 75 MB; nothing is kept there."""
+NODE_NAME = "QUIRE_NODE_NAME"
+"""Variable of a raylet: the name under which others reach its host, where that is not its address,
+because certificates are made for names."""
+
 
 class RayError(Exception):
     """Ray cannot be used; the message says what to change."""

@@ -1,8 +1,9 @@
 """Supervisors as Ray actors: where they run, found again by name.
 
 Each replica has a placement group of one bundle, which holds the resources of all its ranks on one
-host, and in it a detached actor of the same name. Pools are told apart by node labels: a role as a
-Ray resource could not change without a restart of the raylet.
+host, and in it a detached actor of the same name; one that no host can hold has a bundle, and an
+actor NAME/1, NAME/2 ... more, for each further host. Pools are told apart by node labels: a role as
+a Ray resource could not change without a restart of the raylet.
 
 Ray is asked for places, and starts supervisors. It is neither asked whether an engine lives, nor in
 the way of a token. What asks Ray's head may wait as long as that is away, so all of it goes through
@@ -17,30 +18,35 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from quire.coordinator.capacity import Node
-from quire.coordinator.joining import RayError, own_address, why_not_connected
-from quire.coordinator.supervisor import Report, StaleTerm, Supervisor
+from quire.coordinator import actors
+from quire.coordinator.actors import NAMESPACE
+from quire.coordinator.joining import (
+    OBJECT_STORE_BYTES,
+    RayError,
+    own_address,
+    why_not_connected,
+)
+from quire.coordinator.supervisor import Report, StaleTerm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from concurrent.futures import Future
 
-    from quire.config.fleet import CoordinatorConfig, PoolConfig
+    from quire.config.fleet import CoordinatorConfig
+    from quire.coordinator.capacity import Demand, Node
     from quire.coordinator.supervisor import Assignment
 
 T = TypeVar("T")
 
-NAMESPACE = "quire"
 HEAD_TIMEOUT_S = 8.0
 REPORT_TIMEOUT_S = 2.0
 COMMAND_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 60.0
-OBJECT_STORE_BYTES = 80_000_000
-"""Ray's least is 75 MB; nothing is kept there."""
 
 
 class HeadAway(RayError):
@@ -51,27 +57,6 @@ class Unreachable(Exception):
     """A supervisor does not answer."""
 
 
-@dataclass(frozen=True)
-class Room:
-    """Where a replica may go."""
-
-    cpus: float
-    gpus: int
-    labels: Mapping[str, str]
-    near: str = ""
-    """Host it ran on before: preferred, because its engine may still run there."""
-
-    @classmethod
-    def of(cls, pool: PoolConfig, near: str = "") -> Room:
-        """What a replica of this pool needs."""
-        return cls(pool.cpus, pool.gpus, pool.labels, near)
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """Ray's resources."""
-        return {k: v for k, v in (("CPU", self.cpus), ("GPU", float(self.gpus))) if v}
-
-
 class RayCluster:
     """A connection to Ray's head. Raises HeadAway from whatever needs the head."""
 
@@ -79,8 +64,9 @@ class RayCluster:
         self._config = config
         self._prefix = f"quire/{config.fleet}/"
         self._head = ThreadPoolExecutor(1, thread_name_prefix="ray-head")
-        self._actors: dict[str, Any] = {}
-        self._reports: dict[str, Future[Any]] = {}
+        self._actors: dict[str, list[Any]] = {}
+        """Pod -> supervisors by host, that of rank 0 first."""
+        self._reports: dict[tuple[str, int], Future[Any]] = {}
         self.dashboard_url = ""
         self.address = ""
         self.host = ""
@@ -136,7 +122,7 @@ class RayCluster:
 
     async def nodes(self) -> list[Node]:
         """All hosts that live."""
-        return await self._ask(_nodes)
+        return await self._ask(actors.all_nodes)
 
     async def find(self) -> set[str]:
         """Pods whose supervisors run, or wait for a place, whoever placed them."""
@@ -144,15 +130,19 @@ class RayCluster:
         self._actors |= found
         return set(found)
 
-    async def place(self, assignment: Assignment, room: Room) -> None:
-        """Have Ray start a supervisor as soon as there is room. Repeated, the first one stays."""
-        self._actors[assignment.pod] = await self._ask(lambda: self._place(assignment, room))
+    async def place(self, assignment: Assignment, demand: Demand, near: str) -> None:
+        """Have Ray start supervisors as soon as there is room. Repeated, the first ones stay.
+
+        `near`: the host it ran on before, preferred because its engine may still run there.
+        """
+        place = partial(self._place, assignment, demand, near)
+        self._actors[assignment.pod] = await self._ask(place)
 
     async def remove(self, pod: str) -> None:
         """Give a pod's place back. Its engine, if any, is not told."""
         await self._ask(lambda: self._remove(pod))
-        self._actors.pop(pod, None)
-        self._reports.pop(pod, None)
+        for number in range(len(self._actors.pop(pod, ()))):
+            self._reports.pop((pod, number), None)
 
     async def missing(self, path: str, labels: Mapping[str, str]) -> list[str]:
         """Hosts with these labels where a file or folder is not."""
@@ -173,31 +163,44 @@ class RayCluster:
         return pod in self._actors
 
     async def report(self, pod: str) -> Report:
-        """A supervisor's word. Raises Unreachable."""
-        # Ray keeps calls for an actor that it has yet to start: one of each pod is enough
-        asked = self._reports.get(pod)
+        """The supervisors' word; that of rank 0's host counts. Raises Unreachable."""
+        numbers = range(len(self._actors[pod]))
+        asked = await asyncio.gather(
+            *(self._report(pod, number) for number in numbers), return_exceptions=True
+        )
+        for one in asked:
+            if isinstance(one, BaseException) and (one is asked[0] or not _is_silence(one)):
+                raise one
+        first, *others = (one for one in asked if isinstance(one, Report))
+        return first.with_others(others)
+
+    async def _report(self, pod: str, number: int) -> Report:
+        # Ray keeps calls for an actor that it has yet to start: one of each is enough
+        key = (pod, number)
+        asked = self._reports.get(key)
         if asked is None:
-            asked = self._reports[pod] = self._actors[pod].report.remote().future()
+            asked = self._reports[key] = self._actors[pod][number].report.remote().future()
         try:
             report: Report = await self._answer(asked, REPORT_TIMEOUT_S)
         finally:
             if asked.done():
-                self._reports.pop(pod, None)
+                self._reports.pop(key, None)
         return report
 
     async def set_role(self, pod: str, term: int, role: str) -> None:
         """Raises Unreachable, StaleTerm; OSError when the engine does not take it."""
-        actor = self._actors[pod]
+        actor = self._actors[pod][0]
         await self._answer(actor.set_role.remote(term, role).future(), COMMAND_TIMEOUT_S)
 
     async def stop(self, pod: str, term: int) -> None:
-        """Have an engine drain and end. Raises Unreachable, StaleTerm."""
-        await self._answer(self._actors[pod].stop.remote(term).future(), COMMAND_TIMEOUT_S)
+        """Have an engine drain and end, on all its hosts. Raises Unreachable, StaleTerm."""
+        asked = [actor.stop.remote(term).future() for actor in self._actors[pod]]
+        await asyncio.gather(*(self._answer(one, COMMAND_TIMEOUT_S) for one in asked))
 
     async def is_stopped(self, pod: str) -> bool:
         """Nothing is left of its engine. Raises Unreachable."""
-        actor = self._actors[pod]
-        return bool(await self._answer(actor.is_stopped.remote().future(), REPORT_TIMEOUT_S))
+        asked = [actor.is_stopped.remote().future() for actor in self._actors[pod]]
+        return all(await asyncio.gather(*(self._answer(one, REPORT_TIMEOUT_S) for one in asked)))
 
     async def _answer(self, future: Future[Any], timeout_s: float) -> Any:
         import ray
@@ -224,62 +227,51 @@ class RayCluster:
 
     # ---- in the thread
 
-    def _find(self) -> dict[str, Any]:
+    def _find(self) -> dict[str, list[Any]]:
         import ray
+
+        found: dict[str, dict[int, Any]] = {}
+        for name in self._names(""):
+            pod, _, number = name.removeprefix(self._prefix).partition("/")
+            with contextlib.suppress(ValueError):  # it has ended since
+                found.setdefault(pod, {})[int(number or 0)] = ray.get_actor(name, NAMESPACE)
+        for pod in [pod for pod, by_number in found.items() if 0 not in by_number]:
+            self._remove(pod)  # a coordinator died while it placed this: rank 0's host comes last
+            del found[pod]
+        return {pod: [each[i] for i in sorted(each)] for pod, each in found.items()}
+
+    def _names(self, pod: str) -> list[str]:
+        """Of actors, of one pod or all."""
         from ray.util import list_named_actors
 
+        start = self._prefix + pod
         names = [
             str(one["name"])
             for one in list_named_actors(all_namespaces=True)
-            if one["namespace"] == NAMESPACE and str(one["name"]).startswith(self._prefix)
+            if one["namespace"] == NAMESPACE and str(one["name"]).startswith(start)
         ]
-        found = {}
-        for name in names:
-            try:
-                found[name.removeprefix(self._prefix)] = ray.get_actor(name, NAMESPACE)
-            except ValueError:  # it has ended since
-                continue
-        return found
+        return [name for name in names if not pod or name == start or name.startswith(f"{start}/")]
 
-    def _place(self, assignment: Assignment, room: Room) -> Any:
-        import ray
-        from ray.util.placement_group import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
+    def _place(self, assignment: Assignment, demand: Demand, near: str) -> list[Any]:
         name = self._prefix + assignment.pod
-        near = [
-            node.id for node in _nodes() if node.host == room.near and node.matches(room.labels)
+        group = actors.group(name) or actors.new_group(name, demand, near)
+        hosts = group.bundle_count
+        whole = replace(assignment, nodes=hosts)
+        # who finds rank 0's may rely on the others
+        others = [
+            actors.supervisor(group, f"{name}/{number}", (replace(whole, node=number), name))
+            for number in range(1, hosts)
         ]
-        group = _group(name) or placement_group(
-            [room.bundle],
-            strategy="STRICT_PACK",
-            name=name,
-            lifetime="detached",
-            _soft_target_node_id=near[0] if near else None,
-            bundle_label_selector=[dict(room.labels)] if room.labels else None,
-        )
-        actor: Any = ray.remote(SupervisorActor)
-        return actor.options(
-            name=name,
-            namespace=NAMESPACE,
-            get_if_exists=True,
-            lifetime="detached",
-            max_restarts=-1,
-            max_task_retries=0,
-            max_concurrency=4,
-            num_cpus=0,
-            num_gpus=room.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
-        ).remote(assignment)
+        return [actors.supervisor(group, name, (whole, name)), *others]
 
     def _remove(self, pod: str) -> None:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        name = self._prefix + pod
-        with contextlib.suppress(ValueError):  # Ray has lost it already
-            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
-        group = _group(name)
+        for name in self._names(pod):
+            with contextlib.suppress(ValueError):  # Ray has lost it already
+                ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+        group = actors.group(self._prefix + pod)
         if group is not None:
             remove_placement_group(group)
 
@@ -302,48 +294,15 @@ class RayCluster:
         return not taken
 
 
-class SupervisorActor(Supervisor):
-    """A supervisor inside a Ray worker process."""
-
-    def __init__(self, assignment: Assignment) -> None:
-        import ray
-
-        util: Any = ray.util
-        super().__init__(assignment, str(util.get_node_ip_address()))
-
-
-def _nodes() -> list[Node]:
-    import ray
-
-    known: Any = ray
-    return [
-        Node(
-            id=str(node["NodeID"]),
-            host=str(node["NodeManagerAddress"]),
-            cpus=float(node["Resources"].get("CPU", 0)),
-            gpus=float(node["Resources"].get("GPU", 0)),
-            labels=dict(node.get("Labels") or {}),
-        )
-        for node in known.nodes()
-        if node["Alive"]
-    ]
-
-
-def _group(name: str) -> Any:
-    """A placement group by name, None when there is none."""
-    from ray.util.placement_group import get_placement_group
-
-    try:
-        return get_placement_group(name)
-    except ValueError:
-        return None
+def _is_silence(error: BaseException) -> bool:
+    return isinstance(error, Unreachable)
 
 
 def _missing(path: str, labels: Mapping[str, str]) -> list[str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    hosts = {node.host: node for node in _nodes() if node.matches(labels) and node.cpus}
+    hosts = {node.host: node for node in actors.all_nodes() if node.matches(labels) and node.cpus}
     probe: Any = ray.remote(_exists)
     asked = {
         host: probe.options(

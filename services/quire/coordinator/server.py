@@ -13,17 +13,19 @@ import asyncio
 import logging
 import signal
 import sys
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
 from quire.cluster.rpc import Cluster
 from quire.coordinator.client import drain_engine, leads
-from quire.coordinator.coordinator import Coordinator, Deposed, Refused
+from quire.coordinator.coordinator import Coordinator, Deposed, NoRoom, Refused
 from quire.coordinator.joining import RayError
 from quire.coordinator.placement import HeadAway, RayCluster
 from quire.coordinator.service import CoordinatorService
 from quire.coordinator.state import StateError, StateFolder
 from quire.proto import coordinator_pb2_grpc
+from quire.telemetry.instruments import new_registry, render
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -54,6 +56,7 @@ async def serve(
     network = Cluster(fleet.transfer)
     server = network.server()
     ray = RayCluster(fleet.coordinator)
+    status: asyncio.Task[None] | None = None
     try:
         coordinator = Coordinator(
             fleet, ray, folder, partial(leads, network), partial(drain_engine, network)
@@ -61,6 +64,7 @@ async def serve(
         service = CoordinatorService(coordinator, ray)
         coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, server)
         network.bind(server, fleet.coordinator.listen)
+        status = _serve_status(fleet, service)
         await server.start()
         return await _run(coordinator, service, ray, _Ending(ended, ends_with_fleet))
     except (StateError, Refused, RayError) as error:
@@ -71,9 +75,28 @@ async def serve(
         print(f"quire: error: {error}", file=sys.stderr, flush=True)
         return DEPOSED
     finally:
+        if status is not None:
+            status.cancel()
         await server.stop(STOP_GRACE_S)
         ray.disconnect()
         folder.close()
+
+
+def _serve_status(fleet: Fleet, service: CoordinatorService) -> asyncio.Task[None] | None:
+    """Probes over HTTP, on the event loop that they ask about. Raises OSError."""
+    config = fleet.coordinator
+    if not config.http_port:
+        return None
+    from quire.cluster.status_server import Status, open_socket, serve_status
+
+    registry = new_registry("coordinator")
+    status = Status(
+        lambda: render(registry),
+        lambda: True,
+        lambda: service.in_charge,
+        fleet.transfer.cluster_token,
+    )
+    return asyncio.create_task(serve_status(status, open_socket(config.listen, config.http_port)))
 
 
 class _Ending:
@@ -128,15 +151,22 @@ async def _run(
 async def _work(coordinator: Coordinator, service: CoordinatorService, ray: RayCluster) -> None:
     """Raises Refused and RayError while nothing runs yet, and Deposed."""
     config = coordinator.fleet.coordinator
+    deadline = time.monotonic() + config.ray_wait_s
+    connected = False
     while True:
         try:
-            await ray.connect()
+            if not connected:
+                await ray.connect()
+                connected = True
             await coordinator.take_over()
             break
-        except RayError as error:
-            if not coordinator.topology.pods and not isinstance(error, HeadAway):
-                raise
+        except (RayError, NoRoom) as error:
             # pods may run, and gateways want to know where
+            patient = isinstance(error, HeadAway) or (
+                isinstance(error, RayError) and coordinator.topology.pods
+            )
+            if not patient and time.monotonic() >= deadline:
+                raise
             logger.warning("%s; trying again in %g s", error, RETRY_S)
             await asyncio.sleep(RETRY_S)
     service.charge.set()

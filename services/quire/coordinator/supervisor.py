@@ -28,11 +28,13 @@ from quire.cluster.rpc import Cluster
 from quire.config.address import split_address
 from quire.config.cluster import ClusterConfig
 from quire.coordinator import engine_process, files
+from quire.coordinator.back_off import LONGEST_DELAY_S, next_delay_s
 from quire.coordinator.reconcile import State
 from quire.proto import worker_pb2
 from quire.proto.worker_pb2_grpc import WorkerStub
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from quire.coordinator.engine_process import Engine, Exit
@@ -43,8 +45,6 @@ logger = logging.getLogger(__name__)
 WATCH_S = 0.1
 """Between two looks at the engine's process."""
 PROBE_S, PROBE_TIMEOUT_S = 0.5, 2.0
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
-CALM_S = 60.0
 KILL_GRACE_S = 5.0
 """On top of its own drain timeout, for an engine that was told to end."""
 COMMAND_TIMEOUT_S = 5.0
@@ -74,6 +74,10 @@ class Assignment:
     """Of `quire worker`, without addresses and role."""
     cluster: dict[str, Any] = field(repr=False)
     """Token and certificates."""
+    nodes: int = 1
+    """Hosts that the replica's ranks are on."""
+    node: int = 0
+    """The host among them that is meant."""
 
 
 @dataclass(frozen=True)
@@ -91,23 +95,34 @@ class Report:
     resident_bytes: int = 0
     startup_s: float = 0.0
     adopted: bool = False
+    master: str = ""
+    """Where rank 0 meets the ranks of other hosts."""
 
-
-def next_delay_s(delay_s: float, was_ready_s: float) -> float:
-    """Back-off before the next start, after an engine that was ready for `was_ready_s`."""
-    if was_ready_s >= CALM_S:
-        return FIRST_DELAY_S
-    return min(max(2 * delay_s, FIRST_DELAY_S), LONGEST_DELAY_S)
+    def with_others(self, others: Iterable[Report]) -> Report:
+        """The replica, when the report is of rank 0's host, from those of its other hosts too."""
+        others = tuple(others)
+        said = (f"host {one.host}: {one.reason}" for one in others if one.reason)
+        return replace(
+            self,
+            reason=self.reason or next(said, ""),
+            resident_bytes=self.resident_bytes + sum(one.resident_bytes for one in others),
+        )
 
 
 class Supervisor:
     """Starts its work at once, in a thread of its own. All methods from any thread."""
 
-    def __init__(self, assignment: Assignment, node_host: str = "127.0.0.1") -> None:
-        """Raises OSError when the engine's folder cannot be used."""
+    def __init__(
+        self, assignment: Assignment, node_host: str = "127.0.0.1", known_as: str = ""
+    ) -> None:
+        """`node_host` is this host's address, `known_as` a name under which others reach it.
+
+        Raises OSError when the engine's folder cannot be used.
+        """
         self._assignment = assignment
-        self._host = assignment.host or node_host
-        self._folder: Path = files.engine_folder(assignment.fleet, assignment.pod)
+        a = assignment
+        self._host = a.host or known_as or node_host
+        self._folder: Path = files.engine_folder(a.fleet, a.pod, a.node)
         self._term = assignment.term
         self._cluster = Cluster(ClusterConfig(**assignment.cluster))
         self._report = Report(State.STARTING, assignment.digest, assignment.role, host=node_host)
@@ -180,34 +195,47 @@ class Supervisor:
 
     def _start(self) -> Engine:
         """Raises OSError."""
+        before = files.read_json(self._folder / files.ENGINE) or {}
+        address = self._free_address(before.get("address", ""), self._assignment.port)
+        own = {"listen": address, "role": self._report.role}
+        master = ""
+        if self._assignment.nodes > 1:
+            master = self._free_address(before.get("master", ""), 0)
+        return self._launch(own, address, before.get("gpus"), master)
+
+    def _launch(
+        self, own: dict[str, Any], address: str, gpus: str | None, master: str = ""
+    ) -> Engine:
+        """With options of its own beside those of the pool. Raises OSError."""
         a = self._assignment
-        address, gpus = self._last_place()
+        if master:
+            host, port = split_address(master)
+            own |= {"nnodes": a.nodes, "node_rank": a.node}
+            own |= {"master_addr": host, "master_port": port}
         launch = engine_process.Launch(
-            options=a.options
-            | {"listen": address, "role": self._report.role, "worker_name": a.pod},
+            options=a.options | own | {"worker_name": a.pod},
             address=address,
             digest=a.digest,
             token=a.cluster.get("cluster_token"),
             orphan_s=a.orphan_s,
             gpus=gpus,
+            master=master,
         )
         engine = engine_process.start(self._folder, launch)
         self._show(engine, adopted=False)
         return engine
 
-    def _last_place(self) -> tuple[str, str | None]:
-        """Address and devices: those of the engine before, where they can be had again."""
-        before = files.read_json(self._folder / files.ENGINE)
-        wanted, gpus = self._assignment.port, None
-        if before is not None:
-            gpus = before["gpus"]
-            host, port = split_address(before["address"])
-            if not wanted and host == self._host:
+    def _free_address(self, before: str, wanted: int) -> str:
+        """The one of the engine before, where it can be had again; or with the wanted port, or any.
+        Raises OSError."""
+        if before and not wanted:
+            host, port = split_address(before)
+            if host == self._host:
                 try:
-                    return _join(host, engine_process.free_port(host, port)), gpus
+                    return _join(host, engine_process.free_port(host, port))
                 except OSError as error:
                     logger.warning("%s: another port this time: %s", self._assignment.pod, error)
-        return _join(self._host, engine_process.free_port(self._host, wanted)), gpus
+        return _join(self._host, engine_process.free_port(self._host, wanted))
 
     def _show(self, engine: Engine, *, adopted: bool) -> None:
         self._report = replace(
@@ -219,6 +247,7 @@ class Supervisor:
             pid=engine.process.pid,
             startup_s=0.0,
             adopted=adopted,
+            master=engine.master,
         )
 
     async def _watch(self, engine: Engine) -> float:

@@ -25,6 +25,7 @@ from quire.engine.scheduler.scheduler import Scheduler, SchedulerLimits
 if TYPE_CHECKING:
     from quire.config.engine import EngineConfig
     from quire.engine.output import ChoiceOutput
+    from quire.engine.parallel.spread import Spread
     from quire.engine.runner.load import LoadedModel, Report
 
 RETRY_BOUNDS_S = (1.0, 30.0)
@@ -52,9 +53,10 @@ class Engine:
         self.pace = Pace()
 
     @classmethod
-    def load(cls, config: EngineConfig, report: Report) -> Engine:
-        """Load the model and build the engine. Raises ValueError with one line for the user."""
-        return cls(config, load_model(config, report))
+    def load(cls, config: EngineConfig, report: Report, spread: Spread | None = None) -> Engine:
+        """Load the model and build the engine. Raises ValueError with one line for the user,
+        OSError for an address of `spread` that cannot be listened on."""
+        return cls(config, load_model(config, report, spread))
 
     @property
     def has_work(self) -> bool:
@@ -113,8 +115,8 @@ class Engine:
         return self.pool.reset_cache()
 
     def drop_cache(self) -> int:
-        """Forget every cached prefix and give the pool's memory back to the system, which returns,
-        zeroed, as it is written to. Returns the bytes given back.
+        """Forget every cached prefix and give the pool's memory, on every rank, back to the system,
+        which returns it, zeroed, as it is written to. Returns the bytes given back.
 
         Nothing may be held. Raises ValueError where the pool is not in host memory.
         """
@@ -124,7 +126,8 @@ class Engine:
         if self.pool.counts().owned:
             raise AssertionError("blocks are held")
         self.pool.reset_cache()
-        return give_back(pool)
+        of_others = 0 if self.model.gang is None else self.model.gang.drop_caches()
+        return give_back(pool) + of_others
 
     def _stop_ids(self, request: EngineRequest) -> frozenset[int]:
         eos = () if request.params.ignore_eos else self.model.config.eos_token_ids

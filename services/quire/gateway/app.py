@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 
 from quire import __version__
+from quire.gateway.admin import AdminRoutes
 from quire.gateway.admission import Admission
 from quire.gateway.auth import Authentication, api_keys
 from quire.gateway.boundary import Boundary
@@ -128,6 +129,7 @@ def _routes(
 ) -> list[BaseRoute]:
     pipeline, models, tokens = Pipeline(parts), ModelRoutes(parts), TokenRoutes(parts)
     facts = Facts(parts, registry, with_workers=owns_workers)
+    admin = AdminRoutes(parts.workers, parts.config.admin_key)
     return [
         Route("/v1/chat/completions", _Raw(pipeline.chat), methods=["POST"]),
         Route("/v1/completions", _Raw(pipeline.completions), methods=["POST"]),
@@ -145,6 +147,9 @@ def _routes(
         Route("/version", facts.version),
         Route("/load", facts.load),
         Route("/metrics", facts.metrics),
+        Route("/sleep", admin.sleep, methods=["POST"]),
+        Route("/wake_up", admin.wake_up, methods=["POST"]),
+        Route("/is_sleeping", admin.is_sleeping),
     ]
 
 

@@ -1,4 +1,4 @@
-"""API keys: every path needs one, except those named here."""
+"""API keys: every path needs one, except those named here; commands to workers need another."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 PUBLIC = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping", "/version"})
 """Paths that answer without a key: probes have none."""
+ADMIN = frozenset({"/sleep", "/wake_up", "/is_sleeping"})
+"""Paths that need the admin key instead."""
 KEY_VARIABLES = ("QUIRE_API_KEY", "VLLM_API_KEY")
 SALT_BYTES = 16
 
@@ -44,23 +46,33 @@ class Authentication:
         """Raises ApiError invalid_api_key."""
         # the path of the request line: one made from the Host header has let requests through
         # elsewhere
-        if scope["type"] == "http" and self._digests and path_of(scope) not in PUBLIC:
-            digest = self._authenticate(scope)
+        if scope["type"] == "http" and self._digests and path_of(scope) not in PUBLIC | ADMIN:
+            digest = _authenticate(scope, self._digests)
             salt = hashlib.blake2b(digest, digest_size=SALT_BYTES, person=b"quire tenant").digest()
             scope.setdefault("state", {})["cache_salt"] = salt
         await self._app(scope, receive, send)
 
-    def _authenticate(self, scope: Scope) -> bytes:
-        values = [v for k, v in scope["headers"] if k == b"authorization"]
-        if not values:
-            message = "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'."
-            raise ApiError("invalid_api_key", message)
-        scheme, _, token = header(scope, b"authorization").partition(" ")
-        digest = _digest(token.strip())
-        matches = [secrets.compare_digest(digest, known) for known in self._digests]
-        if len(values) > 1 or scheme.lower() != "bearer" or not any(matches):
-            raise ApiError("invalid_api_key", "Incorrect API key provided.")
-        return digest
+
+def check_admin(scope: Scope, key: str | None) -> None:
+    """Raises ApiError unless the request carries the admin key, or when there is none."""
+    if key is None:
+        message = f"{path_of(scope)} needs an admin key, and this server was started without one."
+        raise ApiError("permission_denied", message)
+    _authenticate(scope, [_digest(key)])
+
+
+def _authenticate(scope: Scope, known: list[bytes]) -> bytes:
+    """Digest of the request's key. Raises ApiError invalid_api_key when it is not known."""
+    values = [v for k, v in scope["headers"] if k == b"authorization"]
+    if not values:
+        message = "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'."
+        raise ApiError("invalid_api_key", message)
+    scheme, _, token = header(scope, b"authorization").partition(" ")
+    digest = _digest(token.strip())
+    matches = [secrets.compare_digest(digest, each) for each in known]
+    if len(values) > 1 or scheme.lower() != "bearer" or not any(matches):
+        raise ApiError("invalid_api_key", "Incorrect API key provided.")
+    return digest
 
 
 def _digest(key: str) -> bytes:

@@ -79,6 +79,8 @@ class FakeWorker:
         self.load = worker_pb2.Load()
         self.script = script
         self.submitted: list[worker_pb2.Submit] = []
+        self.refusal = ""
+        """Of commands."""
         self.aborted: list[int] = []
         """Request numbers."""
         self.aborted_choices: list[tuple[int, int]] = []
@@ -134,6 +136,18 @@ class FakeWorker:
         for number, receiver in list(self._receivers.items()):
             self._forget(number)
             receiver.lose(loss)
+
+    async def control(
+        self, request: worker_pb2.ControlRequest, timeout_s: float
+    ) -> worker_pb2.ControlReply:
+        """Sleeps and wakes; `refusal` is what it says instead."""
+        if self.refusal:
+            return worker_pb2.ControlReply(message=self.refusal)
+        command = request.WhichOneof("command")
+        if command in ("sleep", "wake"):
+            self.load.sleeping = command == "sleep"
+        health = worker_pb2.HealthReport(sleeping=self.load.sleeping)
+        return worker_pb2.ControlReply(ok=True, health=health)
 
     async def collect_metrics(self) -> str:
         """One sample of an engine's page."""

@@ -108,6 +108,11 @@ class Worker(Protocol):
     def release(self, loss: Loss) -> None:
         """Take every request away from the worker, and tell their receivers why."""
 
+    async def control(
+        self, request: worker_pb2.ControlRequest, timeout_s: float
+    ) -> worker_pb2.ControlReply:
+        """What the worker says to a command; not ok, with the reason, when it says nothing."""
+
     async def collect_metrics(self) -> str:
         """The worker's Prometheus page, empty when it cannot be had."""
 

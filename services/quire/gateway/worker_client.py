@@ -161,21 +161,28 @@ class WorkerClient:
         for pending in released.values():
             pending.receiver.lose(loss)
 
-    async def collect_metrics(self) -> str:
-        """The worker's Prometheus page, empty when it cannot be had."""
+    async def control(
+        self, request: worker_pb2.ControlRequest, timeout_s: float
+    ) -> worker_pb2.ControlReply:
+        """What the worker says to a command; not ok, with the reason, when it says nothing."""
         if self._stub is None:
-            return ""
-        request = worker_pb2.ControlRequest(collect_metrics=worker_pb2.CollectMetrics())
+            return worker_pb2.ControlReply(message="it is not connected")
         try:
-            reply = await self._stub.Control(request, timeout=METRICS_TIMEOUT_S)
+            return await self._stub.Control(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            logger.warning("no metrics from the worker: %s", error.code().name)
-            return ""
+            return worker_pb2.ControlReply(message=error.details() or error.code().name)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            return ""  # the connection was closed meanwhile
+            return worker_pb2.ControlReply(message="the connection was closed meanwhile")
+
+    async def collect_metrics(self) -> str:
+        """The worker's Prometheus page, empty when it cannot be had."""
+        request = worker_pb2.ControlRequest(collect_metrics=worker_pb2.CollectMetrics())
+        reply = await self.control(request, METRICS_TIMEOUT_S)
+        if not reply.ok:
+            logger.info("no metrics from worker %s: %s", self.name, reply.message)
         return reply.metrics
 
     # ---- connection

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aquire/proto/transfer.proto\x12\x08quire.v1\"\t\n\x07KvFrame\"\xf6\x01\n\x05Hello\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\x06\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65gree\x18\x07 \x01(\r\x12\x14\n\x0cheartbeat_ms\x18\x08 \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\t \x03(\t\x12%\n\tlisteners\x18\n \x03(\x0b\x32\x12.quire.v1.Listener\x12\r\n\x05nonce\x18\x0b \x01(\x0c\x12\r\n\x05proof\x18\x0c \x01(\x0c\".\n\x08Listener\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"O\n\tKvLanding\x12\r\n\x05\x61gent\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x06\x12\x12\n\nslot_bytes\x18\x03 \x01(\r\x12\x11\n\tnum_slots\x18\x04 \x01(\r\"*\n\x08KvWriter\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x0f\n\x07\x64rained\x18\x02 \x01(\x08\"\x94\x01\n\x06KvPeer\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65gree\x18\x04 \x01(\r\x12%\n\tlisteners\x18\x05 \x03(\x0b\x32\x12.quire.v1.Listener\x12 \n\x06others\x18\x06 \x03(\x0b\x32\x10.quire.v1.KvPeer\"E\n\rKvTransferRef\x12\x10\n\x08transfer\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\"]\n\x08KvCommit\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x06\x12\x0c\n\x04meta\x18\x04 \x01(\x0c\x12\x13\n\x0b\x62ytes_per_s\x18\x05 \x01(\x04\")\n\tKvRefusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t2m\n\nKvTransfer\x12-\n\tHandshake\x12\x0f.quire.v1.Hello\x1a\x0f.quire.v1.Hello\x12\x30\n\x04Push\x12\x11.quire.v1.KvFrame\x1a\x11.quire.v1.KvFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aquire/proto/transfer.proto\x12\x08quire.v1\"\t\n\x07KvFrame\"\x8c\x02\n\x05Hello\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\x06\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65gree\x18\x07 \x01(\r\x12\x14\n\x0cheartbeat_ms\x18\x08 \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\t \x03(\t\x12%\n\tlisteners\x18\n \x03(\x0b\x32\x12.quire.v1.Listener\x12\r\n\x05nonce\x18\x0b \x01(\x0c\x12\r\n\x05proof\x18\x0c \x01(\x0c\x12\x14\n\x0ctells_offers\x18\r \x01(\x08\".\n\x08Listener\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"O\n\tKvLanding\x12\r\n\x05\x61gent\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x06\x12\x12\n\nslot_bytes\x18\x03 \x01(\r\x12\x11\n\tnum_slots\x18\x04 \x01(\r\"*\n\x08KvWriter\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x0f\n\x07\x64rained\x18\x02 \x01(\x08\"\x94\x01\n\x06KvPeer\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65gree\x18\x04 \x01(\r\x12%\n\tlisteners\x18\x05 \x03(\x0b\x32\x12.quire.v1.Listener\x12 \n\x06others\x18\x06 \x03(\x0b\x32\x10.quire.v1.KvPeer\"E\n\rKvTransferRef\x12\x10\n\x08transfer\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\"]\n\x08KvCommit\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x06\x12\x0c\n\x04meta\x18\x04 \x01(\x0c\x12\x13\n\x0b\x62ytes_per_s\x18\x05 \x01(\x04\")\n\tKvRefusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t2m\n\nKvTransfer\x12-\n\tHandshake\x12\x0f.quire.v1.Hello\x1a\x0f.quire.v1.Hello\x12\x30\n\x04Push\x12\x11.quire.v1.KvFrame\x1a\x11.quire.v1.KvFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVFRAME']._serialized_start=40
   _globals['_KVFRAME']._serialized_end=49
   _globals['_HELLO']._serialized_start=52
-  _globals['_HELLO']._serialized_end=298
-  _globals['_LISTENER']._serialized_start=300
-  _globals['_LISTENER']._serialized_end=346
-  _globals['_KVLANDING']._serialized_start=348
-  _globals['_KVLANDING']._serialized_end=427
-  _globals['_KVWRITER']._serialized_start=429
-  _globals['_KVWRITER']._serialized_end=471
-  _globals['_KVPEER']._serialized_start=474
-  _globals['_KVPEER']._serialized_end=622
-  _globals['_KVTRANSFERREF']._serialized_start=624
-  _globals['_KVTRANSFERREF']._serialized_end=693
-  _globals['_KVCOMMIT']._serialized_start=695
-  _globals['_KVCOMMIT']._serialized_end=788
-  _globals['_KVREFUSAL']._serialized_start=790
-  _globals['_KVREFUSAL']._serialized_end=831
-  _globals['_KVTRANSFER']._serialized_start=833
-  _globals['_KVTRANSFER']._serialized_end=942
+  _globals['_HELLO']._serialized_end=320
+  _globals['_LISTENER']._serialized_start=322
+  _globals['_LISTENER']._serialized_end=368
+  _globals['_KVLANDING']._serialized_start=370
+  _globals['_KVLANDING']._serialized_end=449
+  _globals['_KVWRITER']._serialized_start=451
+  _globals['_KVWRITER']._serialized_end=493
+  _globals['_KVPEER']._serialized_start=496
+  _globals['_KVPEER']._serialized_end=644
+  _globals['_KVTRANSFERREF']._serialized_start=646
+  _globals['_KVTRANSFERREF']._serialized_end=715
+  _globals['_KVCOMMIT']._serialized_start=717
+  _globals['_KVCOMMIT']._serialized_end=810
+  _globals['_KVREFUSAL']._serialized_start=812
+  _globals['_KVREFUSAL']._serialized_end=853
+  _globals['_KVTRANSFER']._serialized_start=855
+  _globals['_KVTRANSFER']._serialized_end=964
 # @@protoc_insertion_point(module_scope)

@@ -59,6 +59,7 @@ class Hello(_message.Message):
     LISTENERS_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    TELLS_OFFERS_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     fingerprint: _builtins.bytes
     """of the block layout; tensor-parallel degree not included"""
@@ -77,6 +78,8 @@ class Hello(_message.Message):
     """random; the other side's proof covers it"""
     proof: _builtins.bytes
     """HMAC under the cluster's token"""
+    tells_offers: _builtins.bool
+    """its OPENs and KEEPs say how many blocks it has ready"""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -96,10 +99,11 @@ class Hello(_message.Message):
         listeners: _abc.Iterable[Global___Listener] | None = ...,
         nonce: _builtins.bytes = ...,
         proof: _builtins.bytes = ...,
+        tells_offers: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "degree", b"degree", "fingerprint", b"fingerprint", "heartbeat_ms", b"heartbeat_ms", "incarnation", b"incarnation", "layout", b"layout", "listeners", b"listeners", "nonce", b"nonce", "proof", b"proof", "rank", b"rank", "wire_version", b"wire_version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "degree", b"degree", "fingerprint", b"fingerprint", "heartbeat_ms", b"heartbeat_ms", "incarnation", b"incarnation", "layout", b"layout", "listeners", b"listeners", "nonce", b"nonce", "proof", b"proof", "rank", b"rank", "tells_offers", b"tells_offers", "wire_version", b"wire_version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

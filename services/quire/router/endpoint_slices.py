@@ -44,7 +44,16 @@ class _Again(Exception):
 
 @asynccontextmanager
 async def in_cluster() -> AsyncIterator[Any]:
-    """The API's client of a pod's own account. Raises OSError outside of a cluster."""
+    """The API of EndpointSlices for a pod's own account. Raises OSError outside of a cluster."""
+    from kubernetes.aio import client
+
+    async with api_client() as api:
+        yield client.DiscoveryV1Api(api)
+
+
+@asynccontextmanager
+async def api_client() -> AsyncIterator[Any]:
+    """Kubernetes' client of a pod's own account. Raises OSError outside of a cluster."""
     from kubernetes.aio import client, config
 
     settings = client.Configuration()
@@ -54,7 +63,7 @@ async def in_cluster() -> AsyncIterator[Any]:
     except config.ConfigException as error:
         raise OSError(f"not in a pod of Kubernetes: {error}") from None
     async with client.ApiClient(settings) as api:
-        yield client.DiscoveryV1Api(api)
+        yield api
 
 
 def own_namespace() -> str:

@@ -159,6 +159,12 @@ class Fleet:
 
     # ---- reports
 
+    def work_of(self, pod_id: str) -> tuple[float, float, float]:
+        """Streams of a pod, seconds of its queued prefill, share of its blocks with content."""
+        slot, columns = self.pods[pod_id].slot, self._columns
+        free = columns["blocks_free"][slot] / columns["num_blocks"][slot]
+        return float(columns["running"][slot]), float(columns["wait_s"][slot]), float(1.0 - free)
+
     def hear(self, pod_id: str, now: float) -> None:
         """Any frame of the pod arrived."""
         pod = self.pods.get(pod_id)

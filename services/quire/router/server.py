@@ -19,6 +19,8 @@ from quire.cluster.rpc import PLAIN, Cluster
 from quire.config.discovery import NO_DISCOVERY
 from quire.proto import router_pb2_grpc
 from quire.router.coordinated import discover
+from quire.router.deletion_cost import DeletionCosts
+from quire.router.endpoint_slices import own_namespace
 from quire.router.metrics import set_fleet_gauges
 from quire.router.pods import MAX_MESSAGE_BYTES, watch_pods
 from quire.router.router import Router
@@ -54,6 +56,8 @@ class RouterOptions:
     """Of probes and metrics over HTTP; 0 for none."""
     discovery: DiscoveryConfig = NO_DISCOVERY
     """Who tells of pods beside those in `pods`."""
+    deletion_cost: bool = False
+    """Tell Kubernetes how busy pods are."""
 
 
 async def serve(options: RouterOptions, orphaned: Callable[[], Awaitable[None]]) -> int:
@@ -81,8 +85,9 @@ async def serve(options: RouterOptions, orphaned: Callable[[], Awaitable[None]])
     logger.info("routing to %d pods, listening on %s", len(options.pods), options.listen)
     pods = discover(options.discovery, options.pods, cluster)
     watching = watch_pods(pods, router.fleet, router.clock, instruments, cluster)
+    telling = [DeletionCosts(router.fleet, own_namespace()).run()] if options.deletion_cost else []
     try:
-        await _until_one_ends(watching, orphaned(), _signalled(), *status)
+        await _until_one_ends(watching, orphaned(), _signalled(), *status, *telling)
     finally:
         await server.stop(STOP_GRACE_S)
     return 0

@@ -28,7 +28,7 @@ from prometheus_client.utils import floatToGoString
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-Component = Literal["engine", "gateway", "router"]
+Component = Literal["engine", "gateway", "router", "coordinator"]
 Kind = Literal["counter", "gauge", "histogram", "info"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

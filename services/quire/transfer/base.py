@@ -5,8 +5,8 @@ Life of a transfer, prefill pod on the left, decode pod on the right:
     Endpoint.receive()                                   -> TransferRef; travels with the request
     Endpoint.send(ref, peer)   -- OPEN ------------->    PROMISED -> RECEIVING
                                <- GRANT ------------     Endpoint.grant(ref, first, slots)
-    Endpoint.offer(ref, ...)   -- DATA ------------->    bytes into the granted blocks, verified
-      Released(slots)          <- ACK --------------     Delivered(block, slot)
+    Endpoint.offer(ref, ...)   -- DATA ------------->    bytes to the blocks' places, verified
+      Released(slots)          <- ACK --------------     Delivered(block, slot), once in the pool
       ... chunk by chunk while the next chunk computes, window by window ...
     Endpoint.commit(ref, ...)  -- COMMIT ----------->    counted, digest compared
       Ended                    <- COMMITTED ---------    Ended(commit)
@@ -19,6 +19,7 @@ block ends it too, on both sides, each giving back every block it holds. Who doe
     Link                one connection: greeting, heartbeats, window, order of writing
     Intake              bytes into frames, pieces straight into the pool
     Transport, Channel  how bytes travel: tcp, grpc, nixl, local (in process), faults (wraps one)
+    PoolMemory          where they come from and go to: the pool itself, or places beside a device's
 
 All of it runs on the endpoint's thread. Blocks and bytes are all it knows: no requests, no tokens.
 """

@@ -67,6 +67,7 @@ class Core:
             link.close("the endpoint stops")
         self.receiver.tick(float("inf"), keep=False)
         self.sender.tick(float("inf"), keep=False)
+        await self.node.memory.close()  # the last transfers end with the last copies
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

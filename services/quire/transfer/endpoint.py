@@ -7,7 +7,8 @@
 
 Runs a thread of its own. Verbs return at once; what comes of them arrives as events, on that
 thread, in order: `on_event` must neither block nor raise. A block given to `grant` or `offer`
-belongs to the transfer until an event gives it back, and every one comes back exactly once.
+belongs to the transfer until an event gives it back, and every one comes back exactly once. After
+`close` verbs end at once, with their events, on the caller's thread.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from quire.transfer.base import Counters, Node
 from quire.transfer.core import Core
-from quire.transfer.state import Commit, TransferRef, new_number
+from quire.transfer.state import Commit, Ended, Failure, Released, TransferRef, new_number
 from quire.transfer.transports import make_transports
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ class Endpoint:
         """Expect a transfer whose reference was made elsewhere, for this rank's incarnation."""
         # Not posted: the sender may hear of the reference, and answer, before a posted call runs.
         self._core.receive(ref, num_blocks, degree, self._lease(lease_s))
-        self._post(self._core.receiver.admit_early, ref)
+        if not self._post(self._core.receiver.admit_early, ref):
+            self._core.receiver.cancel(ref)
 
     def _new_ref(self, num_blocks: int, after: TransferRef | None) -> TransferRef:
         if num_blocks < 1:
@@ -133,7 +135,8 @@ class Endpoint:
 
         Events: Delivered for each that arrived whole, Released for the others.
         """
-        self._post(self._core.receiver.grant, ref, first, tuple(slots))
+        if not self._post(self._core.receiver.grant, ref, first, tuple(slots)):
+            self._emit(Released(ref, tuple(slots)))
 
     def renew(self, ref: TransferRef) -> None:
         """Keep waiting: the sender was heard of by other means."""
@@ -143,14 +146,16 @@ class Endpoint:
 
     def send(self, ref: TransferRef, peer: Peer, *, lease_s: float | None = None) -> None:
         """Begin to send to one rank; connects when there is no link to it yet."""
-        self._post(self._core.send, ref, peer, self._lease(lease_s))
+        if not self._post(self._core.send, ref, peer, self._lease(lease_s)):
+            self._emit(Ended(ref, Failure.CANCELLED, "the endpoint has ended"))
 
     def offer(self, ref: TransferRef, first: int, slots: Sequence[int]) -> None:
         """Blocks [first, ...) of the transfer are computed, in these blocks of the pool.
 
         They are read until Released. They go out as the receiver grants them.
         """
-        self._post(self._core.sender.offer, ref, first, tuple(slots))
+        if not self._post(self._core.sender.offer, ref, first, tuple(slots)):
+            self._emit(Released(ref, tuple(slots)))
 
     def commit(self, ref: TransferRef, *, blocks: int, tokens: int, meta: bytes = b"") -> None:
         """Everything is offered: blocks 0 .. blocks - 1. Event: Ended, when the receiver has it."""
@@ -170,11 +175,7 @@ class Endpoint:
         """
         done: Future[None] = Future()
 
-        def cancel() -> None:
-            self._core.receiver.cancel(ref)
-            done.set_result(None)
-
-        if self._post(cancel):
+        if self._post(self._core.receiver.stop, ref, lambda: done.set_result(None)):
             done.result(timeout_s)
 
     def probe(

@@ -6,7 +6,8 @@
          5      1  reserved, 0
          6      2  rank         the sending rank
          8      4  length       bytes of the body
-        12      4  num          entries in the body's table, or blocks of a grant
+        12      4  num          entries in the body's table, blocks of a grant, or in OPEN and a
+                                sender's KEEP the leading blocks that it has ready
         16      8  transfer     number of the transfer, 0 on frames of the connection
         24      8  incarnation  of the receiving process, as the transfer's reference names it
         32      4  epoch
@@ -63,7 +64,7 @@ class Kind(IntEnum):
     PING = 5  # both: I am alive
     PROBE = 6  # dialler: measure; the body is thrown away
     PROBED = 7  # acceptor: the probe of that sequence arrived
-    OPEN = 10  # S: here I am for this transfer
+    OPEN = 10  # S: here I am for this transfer; its first `num` blocks are ready
     GRANT = 11  # R: blocks [first, first + num) may be sent
     DATA = 12  # S: pieces
     ACK = 13  # R: pieces of that sequence verified, or to be sent again
@@ -71,7 +72,7 @@ class Kind(IntEnum):
     COMMITTED = 15  # R: and is kept
     FAIL = 16  # both: over, with the reason (proto Refusal)
     FENCED = 17  # R: I know no such transfer; nothing was copied
-    KEEP = 18  # both: I still hold my side of this transfer
+    KEEP = 18  # both: I still hold my side of this transfer; S: its first `num` blocks are ready
     LANDING = 20  # R: memory you may write into (proto KvLanding); one-sided transports only
     WRITER = 21  # S: who will write (proto KvWriter)
     LANDED = 22  # S: landing slot `first` holds the payload of the frame whose head is the body

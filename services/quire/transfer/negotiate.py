@@ -5,26 +5,22 @@
               -> proof
               <- welcome                             or a refusal
 
-A proof is HMAC-SHA256 under the cluster's token, so that the token itself never travels and each
-side learns that the other knows it. Without a token the proofs are made with an empty key.
+See `quire.cluster.proof`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quire.cluster.proof import NONCE_BYTES, prove, proves
 from quire.proto import transfer_pb2
 from quire.transfer.layout import WIRE_VERSION, BlockLayout, Shard, share
 from quire.transfer.state import TransferRef
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-NONCE_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -100,17 +96,16 @@ class Identity:
             capabilities=capabilities,
             listeners=_listeners(listeners),
             nonce=secrets.token_bytes(NONCE_BYTES),
+            tells_offers=True,
         )
 
     def prove(self, role: str, dialler: bytes, acceptor: bytes) -> bytes:
         """That the side in this role knows the token: over both sides' nonces."""
-        text = b"quire " + role.encode() + dialler + acceptor
-        return hmac.digest(self.token.encode(), text, hashlib.sha256)
+        return prove(self.token, role, dialler, acceptor)
 
     def accepts(self, proof: bytes, role: str, dialler: bytes, acceptor: bytes) -> bool:
         """The proof of the side in this role holds. Takes the same time whatever differs."""
-        full = len(dialler) == len(acceptor) == NONCE_BYTES
-        return hmac.compare_digest(proof, self.prove(role, dialler, acceptor)) and full
+        return proves(proof, self.token, role, (dialler, acceptor))
 
 
 @dataclass(frozen=True)

@@ -17,32 +17,17 @@ for the whole copy.
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import logging
-import time
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-from nixl_cu12._api import nixl_agent, nixl_agent_config
 
 from quire.proto import transfer_pb2
 from quire.transfer.base import Unreachable
-from quire.transfer.frames import (
-    HEADER_BYTES,
-    MAX_ENTRIES,
-    Entry,
-    FrameError,
-    Header,
-    Kind,
-    pack,
-    unpack,
-)
+from quire.transfer.frames import HEADER_BYTES, Entry, FrameError, Header, Kind, pack, unpack
 from quire.transfer.intake import Intake
-from quire.transfer.landing import MAX_SLOTS, SLOT_BYTES, Quarantine, Slab
+from quire.transfer.landing import SLOT_BYTES, Quarantine, Slab
 from quire.transfer.layout import FRAME_BYTES
-from quire.transfer.memory import address_of
+from quire.transfer.nixl_agent import Agent, Target
 from quire.transfer.tcp import TcpChannel, TcpTransport
 
 if TYPE_CHECKING:
@@ -50,164 +35,6 @@ if TYPE_CHECKING:
 
     from quire.config.transfer import TransferConfig
     from quire.transfer.base import Channel, Node
-    from quire.transfer.memory import PoolMemory
-
-logger = logging.getLogger(__name__)
-
-logging.getLogger("nixl").setLevel(logging.WARNING)  # it prints to stdout otherwise
-
-MEMORY = "DRAM"
-POLL_S = 0.002
-"""A write is watched this long before another link's turn."""
-_YIELD_S = 20e-6
-"""Between two looks at a write: the agent's own thread makes the progress and needs the CPU."""
-
-
-@dataclass
-class Target:
-    """The slots of one peer, prepared for writing."""
-
-    name: str
-    base: int
-    num_slots: int
-    prepared: dict[int, Any] = field(default_factory=dict)
-    """Length of a piece -> remote descriptors of that length, then the trailers."""
-
-
-class Agent:
-    """A NIXL agent; every method runs on its thread."""
-
-    def __init__(self, name: str, memory: PoolMemory) -> None:
-        self.name = name
-        self._memory = memory
-        self._agent: Any = nixl_agent(name, nixl_agent_config())
-        self._base = address_of(memory.pool)
-        self._heads = (ctypes.c_char * (HEADER_BYTES * 256))()
-        self._heads_base = ctypes.addressof(self._heads)
-        self._prepared: dict[tuple[int, int], Any] = {}
-        self._limbo: list[tuple[str, Any]] = []
-        self._in_flight: Counter[str] = Counter()
-        for view in (memory.pool, memory.probe):
-            self._register(address_of(view), view.nbytes)
-        self._register(self._heads_base, len(self._heads))
-
-    def _register(self, base: int, length: int) -> Any:
-        return self._agent.register_memory([(base, length, 0, "")], MEMORY)
-
-    def offer(self, slab: Slab) -> bytes:
-        """Let others write into a slab; the metadata that they need for it."""
-        slab.registration = self._register(slab.base, slab.num_bytes)
-        metadata: bytes = self._agent.get_agent_metadata()
-        return metadata
-
-    def retire(self, slabs: list[Slab]) -> None:
-        """Nobody writes into these any more: their memory may be used for anything."""
-        for slab in slabs:
-            self._agent.deregister_memory(slab.registration)
-
-    def attach(self, landing: transfer_pb2.KvLanding) -> tuple[Target, bool]:
-        """Get ready to write into a peer's slots; whether nothing older is in flight to it."""
-        if landing.slot_bytes != SLOT_BYTES or not 1 <= landing.num_slots <= MAX_SLOTS:
-            raise FrameError("landing slots of another size")
-        name = self._agent.add_remote_agent(landing.agent)
-        name = name.decode() if isinstance(name, bytes) else str(name)
-        self._limbo = [item for item in self._limbo if not self._is_done(item[1])]
-        drained = not self._in_flight[name] and all(peer != name for peer, _ in self._limbo)
-        return Target(name, landing.base, landing.num_slots), drained
-
-    def post(
-        self, target: Target, slot: int, head: bytes, parts: Sequence[memoryview]
-    ) -> tuple[Any, bool]:
-        """Start to write a frame's payload and trailer into a slot: the handle to poll, and
-        whether the write is complete already."""
-        at = slot * HEADER_BYTES
-        ctypes.memmove(self._heads_base + at, head[:HEADER_BYTES], HEADER_BYTES)
-        places = [divmod(address_of(part) - self._base, self._memory.block_bytes) for part in parts]
-        kinds = {(offset, len(part)) for (_, offset), part in zip(places, parts, strict=True)}
-        inside = all(0 <= block < self._memory.num_blocks for block, _ in places)
-        if inside and len(kinds) == 1:
-            handle = self._prepare(target, slot, [block for block, _ in places], kinds.pop())
-        else:
-            handle = self._describe(target, slot, parts)
-        self._agent.transfer(handle)
-        self._in_flight[target.name] += 1
-        return handle, self.poll(handle)
-
-    def poll(self, handle: Any) -> bool:
-        """Watch a write for a moment; True when it is complete. Raises when it failed."""
-        end = time.monotonic() + POLL_S
-        while (state := self._agent.check_xfer_state(handle)) == "PROC":
-            if time.monotonic() > end:
-                return False
-            time.sleep(_YIELD_S)
-        if state != "DONE":
-            raise OSError(f"a one-sided write failed: {state}")
-        self._agent.release_xfer_handle(handle)
-        return True
-
-    def finish(self, target: Target, handle: Any, *, is_done: bool) -> None:
-        """Nobody waits for the write any more. One that is not done cannot be called back."""
-        self._in_flight[target.name] -= 1
-        if not is_done:
-            self._limbo.append((target.name, handle))
-
-    def _is_done(self, handle: Any) -> bool:
-        try:
-            return self.poll(handle)
-        except Exception as error:  # noqa: BLE001 (the library's own; the peer is gone)
-            logger.info("an abandoned write ended: %s", error)
-            return True
-
-    def _prepare(self, target: Target, slot: int, blocks: list[int], kind: tuple[int, int]) -> Any:
-        """A transfer out of descriptor lists that are made once per pair and length."""
-        offset, length = kind
-        if kind not in self._prepared:
-            step = self._memory.block_bytes
-            rows = [
-                (self._base + b * step + offset, length, 0) for b in range(self._memory.num_blocks)
-            ]
-            heads = [
-                (self._heads_base + s * HEADER_BYTES, HEADER_BYTES, 0)
-                for s in range(len(self._heads) // HEADER_BYTES)
-            ]
-            self._prepared[kind] = self._agent.prep_xfer_dlist(
-                "NIXL_INIT_AGENT", rows + heads, MEMORY
-            )
-        each = min(FRAME_BYTES // length, MAX_ENTRIES)
-        if length not in target.prepared:
-            rows = [
-                (target.base + s * SLOT_BYTES + i * length, length, 0)
-                for s in range(target.num_slots)
-                for i in range(each)
-            ]
-            rows += [(*_trailer(target, s), 0) for s in range(target.num_slots)]
-            target.prepared[length] = self._agent.prep_xfer_dlist(target.name, rows, MEMORY)
-        remote = [slot * each + i for i in range(len(blocks))]
-        return self._agent.make_prepped_xfer(
-            "WRITE",
-            self._prepared[kind],
-            [*blocks, self._memory.num_blocks + slot],
-            target.prepared[length],
-            [*remote, target.num_slots * each + slot],
-        )
-
-    def _describe(self, target: Target, slot: int, parts: Sequence[memoryview]) -> Any:
-        """A transfer described piece by piece: mixed lengths, or not of the pool."""
-        local, remote, at = [], [], target.base + slot * SLOT_BYTES
-        for part in parts:
-            local.append((address_of(part), len(part), 0))
-            remote.append((at, len(part), 0))
-            at += len(part)
-        local.append((self._heads_base + slot * HEADER_BYTES, HEADER_BYTES, 0))
-        remote.append((*_trailer(target, slot), 0))
-        make = self._agent.get_xfer_descs
-        return self._agent.initialize_xfer(
-            "WRITE", make(local, MEMORY), make(remote, MEMORY), target.name
-        )
-
-
-def _trailer(target: Target, slot: int) -> tuple[int, int]:
-    return target.base + (slot + 1) * SLOT_BYTES - HEADER_BYTES, HEADER_BYTES
 
 
 class NixlChannel:
@@ -279,12 +106,9 @@ class NixlChannel:
         self, target: Target, slot: int, head: bytes, parts: Sequence[memoryview]
     ) -> None:
         agent, run = self._transport.agent, self._transport.run
-        handle, is_done = await run(agent.post, target, slot, head, parts)
-        try:
-            while not is_done and not self._is_closed:
-                is_done = await run(agent.poll, handle)
-        finally:
-            agent.finish(target, handle, is_done=is_done)
+        write = await run(agent.post, target, slot, head, parts)
+        while not write.is_done and not self._is_closed:
+            await run(agent.poll, write)
 
     async def _attach(self, landing: transfer_pb2.KvLanding) -> None:
         agent = self._transport.agent

@@ -7,8 +7,9 @@ with it. What is not found is fenced: thrown away unread, counted, and its sende
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quire.proto import transfer_pb2
@@ -19,6 +20,7 @@ from quire.transfer.receiving import ReceivingTransfer
 from quire.transfer.state import (
     Commit,
     Committed,
+    Delivered,
     Effect,
     Ended,
     Fail,
@@ -30,7 +32,9 @@ from quire.transfer.state import (
     Released,
     Reply,
     Resend,
+    Store,
     TransferRef,
+    Vacate,
 )
 
 if TYPE_CHECKING:
@@ -60,6 +64,8 @@ class Incoming:
     """Peer and transport, once a sender has shown up."""
     is_learning: bool = False
     """How many ranks send is not known before the first of them opens."""
+    fences: list[Callable[[], None]] = field(default_factory=list)
+    """Called when nothing writes into its blocks any more."""
 
 
 class Receiver:
@@ -69,8 +75,11 @@ class Receiver:
         self._node = node
         self._emit = emit
         self._incoming: dict[TransferRef, Incoming] = {}
+        self._crowded: dict[TransferRef, Incoming] = {}
+        """Those with blocks that are ready and wait for a place, the first to get one first."""
         self._committed: OrderedDict[TransferRef, None] = OrderedDict()
-        self._early: deque[tuple[ReceivingLink, Header]] = deque(maxlen=MAX_EARLY)
+        self._early: OrderedDict[tuple[ReceivingLink, TransferRef], Header] = OrderedDict()
+        """OPENs of references that are not known here yet."""
 
     def __len__(self) -> int:
         return len(self._incoming)
@@ -92,15 +101,11 @@ class Receiver:
         machine = ReceivingTransfer(ref, num_blocks, _counts(legs), lease)
         self._incoming[ref] = Incoming(machine, legs, is_learning=degree is None)
 
-    def _is_early(self, ref: TransferRef) -> bool:
-        return any(header.ref == ref for _, header in self._early)
-
     def admit_early(self, ref: TransferRef) -> None:
         """A transfer is expected from now on: senders that were there before it open it."""
-        for link, header in list(self._early):
-            if header.ref == ref:
-                self._early.remove((link, header))
-                self.on_frame(link, header, b"")
+        for link, early in list(self._early):
+            if early == ref:
+                self.on_frame(link, self._early.pop((link, ref)), b"")
 
     def _legs_from(self, degree: int) -> dict[int, tuple[Span, ...]]:
         """Source rank -> pieces that it sends of each block."""
@@ -126,12 +131,21 @@ class Receiver:
             logger.error("KV transfer %x: %s", ref.transfer, error)
             self._emit(Released(ref, tuple(slots)))
             effects = incoming.machine.refused(Failure.PROTOCOL, str(error))
+        self._crowded[ref] = incoming
         self._do(incoming, effects)
 
     def cancel(self, ref: TransferRef) -> None:
         """Give up."""
         if (incoming := self._incoming.get(ref)) is not None:
             self._do(incoming, incoming.machine.cancel())
+
+    def stop(self, ref: TransferRef, done: Callable[[], None]) -> None:
+        """Give up; `done` once nothing writes into granted blocks any more."""
+        self.cancel(ref)
+        if (incoming := self._incoming.get(ref)) is not None:
+            incoming.fences.append(done)
+        else:
+            done()
 
     def renew(self, ref: TransferRef) -> None:
         """The caller heard of the transfer by other means, such as its request's stream."""
@@ -147,7 +161,7 @@ class Receiver:
         for incoming in list(self._incoming.values()):
             machine = incoming.machine
             self._do(incoming, machine.expire(now))
-            if keep and not machine.is_over:
+            if keep and machine.is_live:
                 for link in incoming.links.values():
                     link.post(header_of(Kind.KEEP, machine.ref))
                     for grant in machine.grants():
@@ -162,7 +176,7 @@ class Receiver:
     def on_frame(self, link: ReceivingLink, header: Header, body: bytes) -> None:
         """OPEN, COMMIT, FAIL or KEEP."""
         incoming, now = self.find(header), self._node.clock()
-        if incoming is None:
+        if incoming is None or not incoming.machine.is_live:
             self._on_unknown(link, header)
             return
         machine, rank = incoming.machine, link.peer_shard.rank
@@ -173,6 +187,9 @@ class Receiver:
                 machine.sent_by(_counts(incoming.legs))
             incoming.links[rank] = link
             incoming.source = (link.peer.worker, link.transport)
+            # of one that does not tell it may be that it has everything
+            offered = header.num if link.peer.tells_offers else machine.num_blocks
+            self._offered(incoming, rank, offered)
             self._do(incoming, machine.opened(rank, now))
         elif incoming.links.get(rank) is not link:
             self.fence(link, header)
@@ -184,6 +201,7 @@ class Receiver:
             self._do(incoming, machine.refused(*read_refusal(body)))
         elif header.kind == Kind.KEEP:
             machine.heard(now)
+            self._offered(incoming, rank, header.num)
         else:
             raise FrameError(f"frame kind {header.kind} does not come from a sender")
 
@@ -204,8 +222,8 @@ class Receiver:
             else:
                 link.flow.damaged_pieces += 1
             effects += incoming.machine.landed(rank, entry, good, now)
-        self._do(incoming, effects)
         messages = [effect.message for effect in effects if isinstance(effect, Reply)]
+        self._do(incoming, effects)
         return [Entry(m.block, m.piece) for m in messages if isinstance(m, Resend)]
 
     def lost(self, link: ReceivingLink) -> None:
@@ -224,26 +242,61 @@ class Receiver:
             link.post(header_of(Kind.COMMITTED, ref))
         elif header.kind == Kind.OPEN and self._node.identity.shard.rank:
             # Rank 0 made the reference: its word may take longer to get here than the sender's.
-            self._early.append((link, header))
-        elif header.kind == Kind.KEEP and self._is_early(ref):
+            self._early[link, ref] = header
+            if len(self._early) > MAX_EARLY:
+                self._early.popitem(last=False)
+        elif header.kind == Kind.KEEP and (link, ref) in self._early:
+            self._early[link, ref] = self._early[link, ref]._replace(num=header.num)
             link.post(header_of(Kind.KEEP, ref))
         elif header.kind != Kind.FAIL:
             self.fence(link, header)
 
     def _do(self, incoming: Incoming, effects: list[Effect]) -> None:
+        """Carry out what the machine asks for, and what that makes room for."""
+        self._carry_out(incoming, effects)
+        self._find_places()
+
+    def _offered(self, incoming: Incoming, rank: int, count: int) -> None:
+        incoming.machine.offered(rank, count)
+        self._crowded[incoming.machine.ref] = incoming
+        self._find_places()
+
+    def _carry_out(self, incoming: Incoming, effects: list[Effect]) -> None:
+        memory = self._node.memory
         for effect in effects:
-            if isinstance(effect, Reply):
-                link = incoming.links.get(effect.rank)
-                if link is not None:
-                    _say(link, incoming.machine.ref, effect.message)
-                continue
-            if isinstance(effect, Ended):
-                self._end(incoming, effect)
-            self._emit(effect)
+            match effect:  # the most frequent first
+                case Delivered() | Released():
+                    self._emit(effect)
+                case Store(block, slot, place):
+                    memory.store(slot, place, partial(self._stored, incoming, block))
+                case Reply(rank, message):
+                    if (link := incoming.links.get(rank)) is not None:
+                        _say(link, incoming.machine.ref, message)
+                case Vacate(places):
+                    memory.vacate(places)
+                case Ended():
+                    self._end(incoming, effect)
+
+    def _stored(self, incoming: Incoming, block: int, error: Exception | None) -> None:
+        problem = "" if error is None else str(error) or type(error).__name__
+        self._do(incoming, incoming.machine.stored(block, problem))
+
+    def _find_places(self) -> None:
+        """Granted blocks get places to land at, as far as there is room."""
+        while self._crowded:
+            ref, incoming = next(iter(self._crowded.items()))
+            machine = incoming.machine
+            places = self._node.memory.claim_to_land(machine.unplaced, machine.num_ready)
+            if len(places) >= machine.num_ready:
+                del self._crowded[ref]  # until more is granted or ready
+            elif not places:
+                return
+            self._carry_out(incoming, machine.placed(places))
 
     def _end(self, incoming: Incoming, ended: Ended) -> None:
         ref = incoming.machine.ref
         del self._incoming[ref]
+        self._crowded.pop(ref, None)
         flow = self._node.counters.flows.of("received", *incoming.source)
         flow.outcomes[ended.failure or SUCCESS] += 1
         if ended.commit is not None:
@@ -251,6 +304,9 @@ class Receiver:
             self._committed[ref] = None
             if len(self._committed) > REMEMBERED:
                 self._committed.popitem(last=False)
+        self._emit(ended)
+        for done in incoming.fences:
+            done()
 
 
 def _counts(legs: dict[int, tuple[Span, ...]]) -> dict[int, int]:

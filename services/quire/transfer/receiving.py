@@ -1,35 +1,45 @@
 """Receiving side of one transfer, as a pure state machine.
 
 Life: the caller promises (this object), a sender of each source rank opens its leg, the caller
-grants blocks window by window, pieces arrive and are verified, each leg commits.
+grants blocks window by window, each gets a place to land at, pieces arrive and are verified there,
+whole blocks are stored in the pool, each leg commits.
 
     PROMISED   accounted for by the caller; no sender yet. Blocks may be bound already
-    RECEIVING  at least one leg is open; blocks bound, filled, delivered
-    COMMITTED  every leg's commit fits what arrived; nothing is held
+    RECEIVING  at least one leg is open; blocks bound, filled, stored, delivered
+    DRAINING   over for the peers; some verified blocks are still being stored
+    COMMITTED  every leg's commit fits what arrived, and it is stored; nothing is held
     FAILED     over; every block not delivered was released; late pieces have nowhere to go
 
-    input \\ state      PROMISED              RECEIVING                    COMMITTED, FAILED
-    grant              bind, tell no one     bind, Grant to open legs     release at once
-    opened(leg)        -> RECEIVING, Grants  Grants so far                (fenced before)
-    place(piece)       None: fenced          the slot, or None: known     None
-    landed good        -                     block complete: Delivered    nothing
-    landed damaged     -                     1st: Resend. 2nd: -> FAILED  nothing
-    commit(leg)        -> FAILED             fits, last leg: -> COMMITTED nothing
-                                             does not fit: -> FAILED
-    peer fails, leg    -> FAILED             -> FAILED                    nothing
-    lost, cancel,
-    lease expired
+    input \\ state   PROMISED              RECEIVING                  DRAINING        COMMITTED,
+                                                                                     FAILED
+    grant           wait for a place      wait for a place           release         release
+    placed          bind, tell no one     bind, Grant to open legs   -               -
+    opened(leg)     -> RECEIVING, Grants  Grants so far              (fenced)        (fenced)
+    offered(leg)    -                     more are ready for places  nothing         nothing
+    place(piece)    None: fenced          place, or None: known      None            None
+    landed good     -                     block complete: Store      nothing         nothing
+    landed damaged  -                     1st: Resend. 2nd: fails    nothing         nothing
+    stored          -                     Delivered. All committed   Delivered;      -
+                                          and stored: -> COMMITTED   last: -> FAILED
+    commit(leg)     fails                 fits, all committed and    nothing         nothing
+                                          stored: -> COMMITTED
+                                          does not fit: fails
+    peer fails,     -> DRAINING while blocks are being stored, else  nothing         nothing
+    leg lost,       -> FAILED
+    cancel, lease
 
 A crash of the sender's process is `lost`; of this process, a new incarnation that knows nothing of
-the transfer, so that what still arrives is fenced. Entering FAILED tells the other legs. A slot is
+the transfer, so that what still arrives is fenced. A failure tells the other legs. A place is
 written into only while `place` names it, which is asked again for every read: a cancel in the
-middle of a frame diverts the rest of it.
+middle of a frame diverts the rest of it. A block of the pool is written into only between Store
+and `stored`, and comes back only after it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from quire.transfer.frames import Entry, digest
@@ -46,11 +56,13 @@ from quire.transfer.state import (
     Released,
     Reply,
     Resend,
+    Store,
     TransferRef,
+    Vacate,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 MAX_ATTEMPTS = 2
 """A piece damaged this often fails the transfer."""
@@ -61,15 +73,17 @@ class ReceivingState(StrEnum):
 
     PROMISED = "promised"
     RECEIVING = "receiving"
+    DRAINING = "draining"
     COMMITTED = "committed"
     FAILED = "failed"
 
 
 @dataclass
 class _Binding:
-    """A granted block on its way."""
+    """A block on its way that has a place."""
 
     slot: int
+    place: int
     missing: set[tuple[int, int]]
     """(rank, piece) not verified yet."""
 
@@ -81,6 +95,8 @@ class _Leg:
     num_pieces: int
     """Of each block."""
     is_open: bool = False
+    num_offered: int = 0
+    """Leading blocks of the transfer that it has computed."""
     commit: Commit | None = None
     verified: dict[tuple[int, int], int] = field(default_factory=dict)
     """(block, piece) -> checksum."""
@@ -99,13 +115,20 @@ class ReceivingTransfer:
         self.state = ReceivingState.PROMISED
         self.lease = lease
         self._legs = {rank: _Leg(count) for rank, count in legs.items()}
+        self.num_ready = 0
+        """How many of `unplaced`, from the first on, every sender has computed."""
+        self._unplaced: dict[int, int] = {}  # block -> slot, granted and without a place
         self._bound: dict[int, _Binding] = {}
-        self._granted: set[int] = set()
+        self._storing: dict[int, int] = {}  # block -> slot, verified, on their way into the pool
+        self._granted: set[int] = set()  # by the caller
+        self._told: set[int] = set()  # to the senders
         self._damaged: dict[tuple[int, int, int], int] = {}
+        self._is_committed = False  # by every leg
+        self._ended = Ended(ref)
 
     @property
     def is_live(self) -> bool:
-        """Blocks may be bound and filled."""
+        """The peers have a part in it."""
         return self.state in (ReceivingState.PROMISED, ReceivingState.RECEIVING)
 
     @property
@@ -120,7 +143,12 @@ class ReceivingTransfer:
 
     def grants(self) -> list[Grant]:
         """Every grant so far; to a sender that has them they say nothing new."""
-        return [Grant(first, count) for first, count in _runs(self._granted)]
+        return [Grant(first, count) for first, count in _runs(self._told)]
+
+    @property
+    def unplaced(self) -> Collection[int]:
+        """Blocks of the pool that were granted and wait for a place to land at, in order."""
+        return self._unplaced.values()
 
     def sent_by(self, legs: Mapping[int, int]) -> None:
         """Who sends is known now: before the first leg opens, whatever was assumed is dropped."""
@@ -137,33 +165,54 @@ class ReceivingTransfer:
     # ---- the caller
 
     def grant(self, first: int, slots: Sequence[int]) -> list[Effect]:
-        """Bind blocks [first, first + len(slots)) of the transfer to blocks of the pool.
+        """Bind blocks [first, first + len(slots)) of the transfer to blocks of the pool, as soon
+        as they have places: see `unplaced`.
 
         Raises ValueError when a block is granted twice or was not promised; nothing is bound then.
         """
         if not slots:
             return []
-        if self.is_over:
+        if not self.is_live:
             return [Released(self.ref, tuple(slots))]
         blocks = range(first, first + len(slots))
         if first < 0 or blocks.stop > self.num_blocks:
             raise ValueError(f"blocks {blocks} of a transfer of {self.num_blocks}")
         if not self._granted.isdisjoint(blocks):
             raise ValueError(f"some of blocks {blocks} are granted already")
-        for block, slot in zip(blocks, slots, strict=True):
-            self._bound[block] = _Binding(slot, self._wanted())
+        self._unplaced.update(zip(blocks, slots, strict=True))
         self._granted.update(blocks)
-        return [Reply(rank, Grant(first, len(slots))) for rank in self.open_ranks]
+        self._count_ready()
+        return []
 
     def cancel(self) -> list[Effect]:
         """The caller gives up."""
         return self._fail(Failure.CANCELLED)
 
+    # ---- this side's memory
+
+    def placed(self, places: Sequence[int]) -> list[Effect]:
+        """The first of `unplaced` have these places: the senders may send them."""
+        blocks = list(islice(self._unplaced, len(places)))
+        for block, place in zip(blocks, places, strict=True):
+            self._bound[block] = _Binding(self._unplaced.pop(block), place, self._wanted())
+        self.num_ready = max(self.num_ready - len(blocks), 0)
+        self._told.update(blocks)
+        runs = _runs(blocks)
+        return [Reply(rank, Grant(*run)) for run in runs for rank in self.open_ranks]
+
+    def stored(self, block: int, error: str = "") -> list[Effect]:
+        """A verified block is in the pool, or why it could not get there; its place is vacated."""
+        slot = self._storing.pop(block)
+        if error:
+            released = Released(self.ref, (slot,))
+            return [released, *self._fail(Failure.MEMORY, error), *self._maybe_end()]
+        return [Delivered(self.ref, block, slot), *self._maybe_end()]
+
     # ---- the peers
 
     def opened(self, rank: int, now: float) -> list[Effect]:
         """The sender of a source rank is there; repeated OPENs get the grants again."""
-        if self.is_over:
+        if not self.is_live:
             return []
         leg = self._legs.get(rank)
         if leg is None:
@@ -177,12 +226,18 @@ class ReceivingTransfer:
         """A sender said that it still holds its side."""
         self.lease.renew(now)
 
+    def offered(self, rank: int, count: int) -> None:
+        """A sender has computed the first `count` blocks; what it said before counts too."""
+        if (leg := self._legs.get(rank)) is not None:
+            leg.num_offered = max(leg.num_offered, count)
+            self._count_ready()
+
     def place(self, rank: int, block: int, piece: int) -> int | None:
-        """The slot that this piece may be written into now; None for nowhere."""
+        """Where this piece may be written now; None for nowhere."""
         binding = self._bound.get(block)
         if binding is None or rank not in self._legs or not self._legs[rank].is_open:
             return None
-        return binding.slot if (rank, piece) in binding.missing else None
+        return binding.place if (rank, piece) in binding.missing else None
 
     def knows(self, rank: int, block: int, piece: int) -> bool:
         """The piece was verified before: a duplicate."""
@@ -202,23 +257,20 @@ class ReceivingTransfer:
         if binding.missing:
             return []
         del self._bound[entry.block]
-        return [Delivered(self.ref, entry.block, binding.slot)]
+        self._storing[entry.block] = binding.slot
+        return [Store(entry.block, binding.slot, binding.place)]
 
     def commit(self, rank: int, commit: Commit, now: float) -> list[Effect]:
         """A sender says that it sent everything."""
         leg = self._legs.get(rank)
-        if self.is_over or leg is None:
+        if not self.is_live or leg is None:
             return []
         self.lease.renew(now)
         if (problem := self._misfit(leg, commit)) is not None:
             return self._fail(Failure.INCOMPLETE, f"rank {rank}: {problem}")
         leg.commit = commit
-        if any(other.commit is None for other in self._legs.values()):
-            return []
-        self.state = ReceivingState.COMMITTED
-        first = self._legs[min(self._legs)].commit
-        confirmations = [Reply(rank, Committed()) for rank in self._legs]
-        return [*confirmations, *self._release(), Ended(self.ref, commit=first)]
+        self._is_committed = all(other.commit is not None for other in self._legs.values())
+        return self._maybe_end()
 
     def refused(self, failure: Failure, detail: str = "") -> list[Effect]:
         """A sender gave up."""
@@ -230,7 +282,7 @@ class ReceivingTransfer:
 
     def expire(self, now: float) -> list[Effect]:
         """Fail when nothing was heard for the lease."""
-        if self.is_over or not self.lease.expired(now):
+        if not self.is_live or not self.lease.expired(now):
             return []
         return self._fail(Failure.LEASE, f"nothing heard for {self.lease.length_s:g} s")
 
@@ -257,20 +309,44 @@ class ReceivingTransfer:
         arrived = digest(Entry(*piece, value) for piece, value in leg.verified.items())
         return None if arrived == commit.digest else "the digest does not fit"
 
-    def _fail(self, failure: Failure, detail: str = "", silent: int = -1) -> list[Effect]:
-        if self.is_over:
+    def _count_ready(self) -> None:
+        offered = min(leg.num_offered for leg in self._legs.values())
+        self.num_ready = sum(1 for _ in takewhile(lambda b: b < offered, self._unplaced))
+
+    def _maybe_end(self) -> list[Effect]:
+        """The end, good or bad, once nothing is written into the pool any more."""
+        if self._storing:
             return []
-        self.state = ReceivingState.FAILED
+        if self.state is ReceivingState.DRAINING:
+            self.state = ReceivingState.FAILED
+            return [self._ended]
+        if not (self._is_committed and self.is_live):
+            return []
+        self.state = ReceivingState.COMMITTED
+        first = self._legs[min(self._legs)].commit
+        confirmations = [Reply(rank, Committed()) for rank in self._legs]
+        return [*confirmations, *self._release(), Ended(self.ref, commit=first)]
+
+    def _fail(self, failure: Failure, detail: str = "", silent: int = -1) -> list[Effect]:
+        if not self.is_live:
+            return []
+        self.state = ReceivingState.DRAINING
+        self._ended = Ended(self.ref, failure, detail)
         told = [Reply(r, Fail(failure, detail)) for r in self.open_ranks if r != silent]
-        return [*told, *self._release(), Ended(self.ref, failure, detail)]
+        return [*told, *self._release(), *self._maybe_end()]
 
     def _release(self) -> list[Effect]:
-        slots = tuple(binding.slot for binding in self._bound.values())
+        """Give back what will not be filled, and its places."""
+        places = tuple(binding.place for binding in self._bound.values())
+        slots = (*(b.slot for b in self._bound.values()), *self._unplaced.values())
         self._bound.clear()
-        return [Released(self.ref, slots)] if slots else []
+        self._unplaced.clear()
+        self.num_ready = 0
+        effects: list[Effect] = [Vacate(places)] if places else []
+        return [*effects, Released(self.ref, slots)] if slots else effects
 
 
-def _runs(blocks: set[int]) -> list[tuple[int, int]]:
+def _runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
     """Numbers as (first, count) of consecutive ones, ascending."""
     runs: list[tuple[int, int]] = []
     for block in sorted(blocks):

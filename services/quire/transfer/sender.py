@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from quire.proto import transfer_pb2
@@ -38,11 +38,14 @@ from quire.transfer.state import (
     Fail,
     Failure,
     Lease,
+    Load,
     Message,
+    Offered,
     Open,
     Released,
     Reply,
     TransferRef,
+    Vacate,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +78,8 @@ class Sender:
         self._node = node
         self._emit = emit
         self._departing: dict[TransferRef, Departing] = {}
+        self._crowded: dict[TransferRef, Departing] = {}
+        """Those with blocks that wait for a place, the first to get one first."""
 
     def __len__(self) -> int:
         return len(self._departing)
@@ -138,7 +143,7 @@ class Sender:
         for departing in list(self._departing.values()):
             self.do(departing, departing.machine.expire(now))
             if keep and departing.machine.is_live and departing.link is not None:
-                departing.link.post(header_of(Kind.KEEP, departing.machine.ref))
+                _say(departing.link, departing.machine.ref, Offered(departing.machine.num_offered))
 
     # ---- links
 
@@ -162,17 +167,48 @@ class Sender:
             raise FrameError(f"frame kind {header.kind} does not come from a receiver")
 
     def do(self, departing: Departing, effects: list[Effect]) -> None:
-        """Carry out what the machine asks for."""
+        """Carry out what the machine asks for, and what that makes room for."""
+        self._carry_out(departing, effects)
+        if departing.machine.unplaced:
+            self._crowded[departing.machine.ref] = departing
+        self._find_places()
+
+    def _carry_out(self, departing: Departing, effects: list[Effect]) -> None:
         for effect in effects:
-            if isinstance(effect, Reply):
-                if departing.link is not None:
-                    _say(departing.link, departing.machine.ref, effect.message)
-                continue
-            if isinstance(effect, Ended):
-                self._end(departing, effect)
-            self._emit(effect)
+            match effect:
+                case Reply(_, message):
+                    if departing.link is not None:
+                        _say(departing.link, departing.machine.ref, message)
+                case Load(blocks, slots, places):
+                    done = partial(self._loaded, departing, blocks)
+                    self._node.memory.load(slots, places, done)
+                case Vacate(places):
+                    self._node.memory.vacate(places)
+                case Ended():
+                    self._end(departing, effect)
+                    self._emit(effect)
+                case Released():
+                    self._emit(effect)
         if departing.link is not None:
             departing.link.wake()
+
+    def _find_places(self) -> None:
+        """Blocks that may be sent get places, as far as there is room."""
+        while self._crowded:
+            ref, departing = next(iter(self._crowded.items()))
+            waiting = departing.machine.unplaced
+            places = self._node.memory.claim_to_send(waiting)
+            if len(places) == len(waiting):
+                del self._crowded[ref]
+            elif not places:
+                return
+            self._carry_out(departing, departing.machine.placed(places))
+
+    def _loaded(
+        self, departing: Departing, blocks: tuple[int, ...], error: Exception | None
+    ) -> None:
+        problem = "" if error is None else str(error) or type(error).__name__
+        self.do(departing, departing.machine.loaded(blocks, problem))
 
     def _misused(self, departing: Departing, error: ValueError) -> None:
         logger.error("KV transfer %x: %s", departing.machine.ref.transfer, error)
@@ -180,6 +216,7 @@ class Sender:
 
     def _end(self, departing: Departing, ended: Ended) -> None:
         del self._departing[departing.machine.ref]
+        self._crowded.pop(departing.machine.ref, None)
         transport = ""
         if departing.link is not None:
             departing.link.remove(departing)
@@ -327,8 +364,10 @@ class SendingLink(DialledLink):
 
 def _say(link: SendingLink, ref: TransferRef, message: Message) -> None:
     match message:
-        case Open():
-            link.post(header_of(Kind.OPEN, ref))
+        case Open(count):
+            link.post(header_of(Kind.OPEN, ref, num=count))
+        case Offered(count):
+            link.post(header_of(Kind.KEEP, ref, num=count))
         case Committing(commit):
             body = transfer_pb2.KvCommit(
                 blocks=commit.blocks, tokens=commit.tokens, digest=commit.digest, meta=commit.meta,

@@ -4,22 +4,24 @@ Life: the caller opens it as soon as the prefill job is accepted, offers blocks 
 computed, commits; each block is released when the receiver has verified it.
 
     OPENING     OPEN is sent; nothing is granted yet. Offered blocks wait
-    SENDING     blocks both offered and granted go out
+    SENDING     blocks both offered and granted get a place, are loaded there and go out
     COMMITTING  the caller committed; once every piece is acknowledged, COMMIT goes out
-    DRAINING    over for the peer; a transport still reads some blocks
+    DRAINING    over for the peer; some blocks are still being loaded, or read by a transport
     DONE        the receiver confirmed
     FAILED      over
 
     input \\ state  OPENING      SENDING          COMMITTING              DRAINING      DONE, FAILED
     offer          hold         hold             error                   release       release
-    granted        -> SENDING   more to take     more to take            -             -
+    granted        -> SENDING   wait for places  wait for places         -             -
+    placed         -            Load             Load                    -             -
+    loaded         -            more to take     more to take            last: ->      -
     take           nothing      pieces to write  pieces to write         nothing       nothing
     written        -            no longer read   no longer read          last: ->      -
     acked          -            block: Released  last one: COMMIT        -             -
     damaged        -            send once more   send once more          -             -
     commit         -> COMMITTING -> COMMITTING   error                   -             -
     confirmed      -            -> FAILED        -> DONE                 -             -
-    peer fails,    -> DRAINING if a transport reads a block, else        -             -
+    peer fails,    -> DRAINING if a block is loaded or read, else        -             -
     fenced, lost,  -> FAILED
     cancel, lease
 
@@ -32,6 +34,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 from enum import StrEnum
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from quire.transfer.frames import Entry, digest
@@ -44,14 +47,17 @@ from quire.transfer.state import (
     Fail,
     Failure,
     Lease,
+    Load,
+    Offered,
     Open,
     Released,
     Reply,
     TransferRef,
+    Vacate,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
 PEER = -1
 
@@ -82,8 +88,13 @@ class SendingTransfer:
         self.state = SendingState.OPENING
         self._piece_bytes = tuple(piece_bytes)
         self._slots: dict[int, int] = {}  # offered, not released
+        self.num_offered = 0
+        """Leading blocks of the transfer that are computed."""
         self._offered: set[int] = set()
         self._granted: set[int] = set()
+        self._unplaced: dict[int, int] = {}  # block -> slot, may be sent and has no place
+        self._places: dict[int, int] = {}
+        self._loading: set[int] = set()  # blocks being read into their places
         self._unacked: dict[int, set[int]] = {}  # block -> pieces not acknowledged
         self._queue: deque[Piece] = deque()
         self._reading: dict[Piece, int] = {}  # handed to the transport, which may still read them
@@ -108,11 +119,16 @@ class SendingTransfer:
         """`take` would give something."""
         return bool(self._queue)
 
+    @property
+    def unplaced(self) -> Collection[int]:
+        """Blocks of the pool that may be sent and wait for a place, in order."""
+        return self._unplaced.values()
+
     # ---- the caller
 
     def begin(self) -> list[Effect]:
         """What opens the leg."""
-        return [Reply(PEER, Open())]
+        return [Reply(PEER, Open(self.num_offered))]
 
     def offer(self, first: int, slots: Iterable[int]) -> list[Effect]:
         """Blocks [first, ...) of the transfer are computed, in these blocks of the pool.
@@ -129,8 +145,10 @@ class SendingTransfer:
         for block, slot in zip(blocks, slots, strict=True):
             self._slots[block] = slot
             if block in self._granted:
-                self._enqueue(block)
-        return []
+                self._unplaced[block] = slot
+        while self.num_offered in self._offered:
+            self.num_offered += 1
+        return [Reply(PEER, Offered(self.num_offered))]
 
     def commit(self, commit: Commit, now: float) -> list[Effect]:
         """Everything is offered. Raises ValueError when offered and committed blocks differ."""
@@ -146,6 +164,30 @@ class SendingTransfer:
         """The caller gives up."""
         return self._fail(Failure.CANCELLED)
 
+    # ---- this side's memory
+
+    def placed(self, places: Sequence[int]) -> list[Effect]:
+        """The first of `unplaced` have these places."""
+        if not places:
+            return []
+        blocks = tuple(islice(self._unplaced, len(places)))
+        slots = tuple(self._unplaced.pop(block) for block in blocks)
+        self._places.update(zip(blocks, places, strict=True))
+        self._loading.update(blocks)
+        return [Load(blocks, slots, tuple(places))]
+
+    def loaded(self, blocks: Iterable[int], error: str = "") -> list[Effect]:
+        """Blocks are at their places, or why they are not."""
+        self._loading.difference_update(blocks)
+        if not self.is_live:
+            return self._settle()
+        if error:
+            return self._fail(Failure.MEMORY, error)
+        for block in blocks:
+            self._unacked[block] = set(self._all)
+            self._queue.extend((block, piece) for piece in self._all)
+        return []
+
     # ---- the peer
 
     def granted(self, first: int, count: int, now: float) -> list[Effect]:
@@ -158,9 +200,7 @@ class SendingTransfer:
         if new:
             self.lease.renew(now)
         self._granted.update(new)
-        for block in new:
-            if block in self._offered:
-                self._enqueue(block)
+        self._unplaced.update((block, self._slots[block]) for block in new if block in self._slots)
         return []
 
     def heard(self, now: float) -> None:
@@ -172,7 +212,7 @@ class SendingTransfer:
         """The receiver verified pieces."""
         if not self.is_live:
             return []
-        released = []
+        acknowledged = []
         for block, piece in pieces:
             missing = self._unacked.get(block)
             if missing is None or piece not in missing:
@@ -181,8 +221,8 @@ class SendingTransfer:
             self.lease.renew(now)
             if not missing:
                 del self._unacked[block]
-                released += self._free(block)
-        return [*_released(self.ref, released), *self._maybe_commit(now)]
+                acknowledged.append(block)
+        return [*self._release(acknowledged), *self._maybe_commit(now)]
 
     def damaged(self, pieces: Iterable[Piece]) -> list[Effect]:
         """The receiver wants pieces again."""
@@ -224,7 +264,7 @@ class SendingTransfer:
     # ---- the transport
 
     def take(self, max_bytes: int, max_pieces: int) -> list[tuple[Piece, int]]:
-        """Pieces to write, with the block of the pool that holds each.
+        """Pieces to write, with the place of each one's block.
 
         At least one when there is one; beyond it no more than the limits.
         """
@@ -238,7 +278,7 @@ class SendingTransfer:
             self._queue.popleft()
             self._attempts[piece] = self._attempts.get(piece, 0) + 1
             self._reading[piece] = self._reading.get(piece, 0) + 1
-            taken.append((piece, self._slots[piece[0]]))
+            taken.append((piece, self._places[piece[0]]))
         return taken
 
     def summed(self, entries: Iterable[Entry]) -> None:
@@ -252,19 +292,10 @@ class SendingTransfer:
             self._stop_reading(piece)
         if self.state is SendingState.DRAINING:
             return self._settle()
-        released = [
-            slot
-            for block in {block for block, _ in pieces}
-            if block not in self._unacked
-            for slot in self._free(block)
-        ]
-        return [*_released(self.ref, released), *self._maybe_commit(now)]
+        acknowledged = [b for b in {block for block, _ in pieces} if b not in self._unacked]
+        return [*self._release(acknowledged), *self._maybe_commit(now)]
 
     # ----
-
-    def _enqueue(self, block: int) -> None:
-        self._unacked[block] = set(self._all)
-        self._queue.extend((block, piece) for piece in self._all)
 
     def _stop_reading(self, piece: Piece) -> None:
         left = self._reading.get(piece, 0) - 1
@@ -273,11 +304,19 @@ class SendingTransfer:
         else:
             self._reading.pop(piece, None)
 
-    def _free(self, block: int) -> list[int]:
-        """The slot of an acknowledged block, unless the transport still reads it."""
-        if block not in self._slots or any((block, p) in self._reading for p in self._all):
+    def _is_read(self, block: int) -> bool:
+        """At its place, or on its way there."""
+        return block in self._loading or any((block, p) in self._reading for p in self._all)
+
+    def _release(self, blocks: Iterable[int]) -> list[Effect]:
+        """Give back those that are held and that nothing reads any more, and their places."""
+        free = [block for block in blocks if block in self._slots and not self._is_read(block)]
+        if not free:
             return []
-        return [self._slots.pop(block)]
+        slots = tuple(self._slots.pop(block) for block in free)
+        places = tuple(self._places.pop(block) for block in free if block in self._places)
+        vacated: list[Effect] = [Vacate(places)] if places else []
+        return [*vacated, Released(self.ref, slots)]
 
     @property
     def _all(self) -> range:
@@ -303,20 +342,15 @@ class SendingTransfer:
     def _finish(self) -> list[Effect]:
         self.state = SendingState.DRAINING
         self._queue.clear()
+        self._unplaced.clear()
         return self._settle()
 
     def _settle(self) -> list[Effect]:
         """Release what is not read; end when nothing is."""
         if self.state is not SendingState.DRAINING:
             return []
-        read = {block for block, _ in self._reading}
-        free = [block for block in self._slots if block not in read]
-        effects = _released(self.ref, [self._slots.pop(block) for block in free])
+        effects = self._release(list(self._slots))
         if self._slots or self._reading:
             return effects
         self.state = SendingState.FAILED if self._ended.failure else SendingState.DONE
         return [*effects, self._ended]
-
-
-def _released(ref: TransferRef, slots: list[int]) -> list[Effect]:
-    return [Released(ref, tuple(slots))] if slots else []

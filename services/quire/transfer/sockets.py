@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from quire.config.transfer import TransferConfig
-
 BACKLOG = 128
 BLOCKED = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 """Raised by a call on a non-blocking socket that has to wait."""
@@ -98,19 +96,3 @@ async def _ready(add: Callable[..., None], remove: Callable[..., object], sock: 
         await future
     finally:
         remove(sock)
-
-
-def tls_context(config: TransferConfig, *, server: bool) -> ssl.SSLContext | None:
-    """Mutual TLS under the cluster's authority, None without certificates.
-
-    Who connects checks that the certificate is for the name or address that it dialled, as gRPC
-    does; who is connected to, that the other holds one of the cluster's. Raises OSError when a file
-    cannot be read.
-    """
-    if config.cluster_tls_cert is None:
-        return None
-    purpose = ssl.Purpose.CLIENT_AUTH if server else ssl.Purpose.SERVER_AUTH
-    context = ssl.create_default_context(purpose, cafile=config.cluster_tls_ca)
-    context.load_cert_chain(config.cluster_tls_cert, config.cluster_tls_key)
-    context.verify_mode = ssl.CERT_REQUIRED
-    return context

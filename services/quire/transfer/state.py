@@ -5,11 +5,12 @@ A transfer is two state machines, one on each side, that know nothing of sockets
     receiving.ReceivingTransfer   the decode side: promise, then bind blocks, verify, deliver
     sending.SendingTransfer       the prefill side: offer blocks as they are computed, release them
 
-Each input returns what must be done: `Event`s for the caller, `Reply`s for the peer. The two rules
-that the property tests hold them to, whatever the order of inputs:
+Each input returns what must be done: `Event`s for the caller, `Reply`s for the peer, `Errand`s for
+this side's memory. The rules that the property tests hold them to, whatever the order of inputs:
 
     every block granted to a receiving transfer comes back exactly once: Delivered or Released
     every block offered to a sending transfer comes back exactly once: Released
+    every place that either was given is vacated exactly once, and not while it is copied
     after its last block each side says Ended once, and then never anything again
 """
 
@@ -51,6 +52,7 @@ class Failure(StrEnum):
     INCOMPATIBLE = "incompatible"  # other layout, version or cluster: prefill locally
     UNREACHABLE = "unreachable"  # no transport led to the peer
     PROTOCOL = "protocol"  # the peer did what it must not
+    MEMORY = "memory"  # a copy into or out of the pool failed
 
 
 class FailureCode(IntEnum):
@@ -125,6 +127,16 @@ Event = Delivered | Released | Ended
 class Open:
     """S -> R: here I am for this transfer."""
 
+    num_offered: int = 0
+    """As in Offered."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """S -> R: the first `count` blocks are computed, and come as soon as they are granted."""
+
+    count: int
+
 
 @dataclass(frozen=True)
 class Grant:
@@ -162,7 +174,7 @@ class Fail:
     detail: str = ""
 
 
-Message = Open | Grant | Resend | Committing | Committed | Fail
+Message = Open | Offered | Grant | Resend | Committing | Committed | Fail
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,37 @@ class Reply:
     message: Message
 
 
-Effect = Event | Reply
+# ---- Errands: to this side's memory, see `memory.PoolMemory`
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sender: have blocks of the pool read into their places; then `loaded`."""
+
+    blocks: tuple[int, ...]
+    """Of the transfer."""
+    slots: tuple[int, ...]
+    places: tuple[int, ...]
+
+
+class Store(NamedTuple):
+    """Receiver: the block is verified at its place; write it into the pool and vacate the place,
+    then `stored`."""
+
+    block: int
+    """Of the transfer."""
+    slot: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Vacate:
+    """Nothing of this transfer is read or written at these places any more."""
+
+    places: tuple[int, ...]
+
+
+Effect = Event | Reply | Load | Store | Vacate
 
 
 class Lease:

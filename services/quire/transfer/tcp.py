@@ -13,6 +13,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
+from quire.cluster.tls import tls_context
 from quire.transfer.frames import ENTRY_BYTES, MAX_BODY_BYTES, MAX_ENTRIES, FrameError
 from quire.transfer.sockets import (
     BLOCKED,
@@ -21,7 +22,6 @@ from quire.transfer.sockets import (
     listening,
     secured,
     split_address,
-    tls_context,
 )
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class TcpTransport:
     async def dial(self, address: str) -> Channel:
         """Connect. Raises OSError."""
         host, port = split_address(address)
-        tls = tls_context(self._config, server=False)
+        tls = tls_context(self._config, server=False, by_name=True)
         return TcpChannel(await secured(await connected(host, port), tls, host))
 
     async def close(self) -> None:

@@ -7,12 +7,12 @@ every few seconds                                   digest, to compare its own w
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING
 
 from quire.proto import worker_pb2
 from quire.worker import convert
+from quire.worker.roles.engine_calls import on_engine
 
 if TYPE_CHECKING:
     from quire.engine.engine import Engine
@@ -35,18 +35,7 @@ class CacheFeed:
 
     async def updates(self, loop: EngineLoop) -> list[worker_pb2.WorkerUpdate]:
         """What happened since the last call. TimeoutError when the engine does not answer."""
-        asked = asyncio.get_running_loop()
-        future: asyncio.Future[list[worker_pb2.WorkerUpdate]] = asked.create_future()
-
-        def answer(updates: list[worker_pb2.WorkerUpdate]) -> None:
-            if not future.done():
-                future.set_result(updates)
-
-        def collect(engine: Engine) -> None:
-            asked.call_soon_threadsafe(answer, self._collect(engine))
-
-        loop.call(collect)
-        return await asyncio.wait_for(future, ENGINE_CALL_TIMEOUT_S)
+        return await on_engine(loop, self._collect, ENGINE_CALL_TIMEOUT_S)
 
     def _collect(self, engine: Engine) -> list[worker_pb2.WorkerUpdate]:
         """On the engine thread, between two steps: events and digest are of the same moment."""

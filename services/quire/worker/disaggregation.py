@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from quire.cluster.rpc import Cluster
 from quire.transfer.group import GroupEndpoint
 from quire.transfer.layout import BlockLayout, Shard
-from quire.transfer.memory import PoolMemory
 from quire.transfer.negotiate import Identity
 from quire.worker.probe import Prober
 from quire.worker.roles.decode import DecodeRole
@@ -76,13 +75,11 @@ class Disaggregation:
 
     @classmethod
     def start(cls, options: TransferOptions, around: Surroundings) -> Disaggregation:
-        """Listen for KV blocks. Raises OSError, or ValueError without a pool in host memory."""
+        """Listen for KV blocks. Raises OSError, or ValueError when a pool in device memory is given
+        too little staging."""
         loop = around.loop
         model = loop.engine.model
         backend = model.runner.backend
-        pool = backend.host_pool()
-        if pool is None:
-            raise ValueError("KV blocks can be exchanged only from host memory so far")
         identity = Identity(
             layout=BlockLayout.of(
                 backend.layout,
@@ -96,7 +93,7 @@ class Disaggregation:
             token=options.config.cluster_token or "",
         )
         events = _Events(asyncio.get_running_loop())
-        memory = PoolMemory(pool, backend.layout.block_bytes)
+        memory = backend.kv_memory(options.config.kv_staging_bytes)
         ranks = None if model.gang is None else gang_ranks(model.gang)
         endpoint = GroupEndpoint(options.config, identity, memory, events, ranks)
         me = endpoint.start()
@@ -150,7 +147,7 @@ def gang_ranks(gang: Gang) -> Ranks:
     """The endpoints of the other ranks of a tensor-parallel engine."""
     from quire.engine.parallel.kv import GangRanks
 
-    return GangRanks(gang)
+    return GangRanks(gang.calls)
 
 
 class _Events:

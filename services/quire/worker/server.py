@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from quire.config.cluster import ClusterConfig
     from quire.config.engine import EngineConfig
     from quire.engine.loop import EngineLoop
+    from quire.engine.parallel.spread import Spread
     from quire.engine.runner.load import Startup
     from quire.telemetry.instruments import Instruments
     from quire.worker.disaggregation import TransferOptions
@@ -59,6 +60,8 @@ class WorkerOptions:
     """Address under which others reach it; `listen` by default."""
     http_port: int = 0
     """Of probes and metrics over HTTP; 0 for none."""
+    spread: Spread | None = None
+    """Over which hosts its ranks are spread; None for this one."""
     ends_with_stdin: bool = True
     """Whoever started it holds its stdin, and wants it to end when that closes."""
 
@@ -142,7 +145,8 @@ async def _run(
     report = _PhaseTimes(service, instruments)
     orphaned = asyncio.create_task(_stdin_closed() if options.ends_with_stdin else stop.wait())
     stopped = asyncio.create_task(stop.wait())
-    loading = asyncio.create_task(asyncio.to_thread(Engine.load, options.engine, report))
+    load = asyncio.to_thread(Engine.load, options.engine, report, options.spread)
+    loading = asyncio.create_task(load)
     await asyncio.wait((loading, orphaned, stopped), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         return 0  # told to stop while loading; the loading thread ends with the process

@@ -1,13 +1,6 @@
-"""The Worker service over an engine loop.
+"""The Worker service over an engine loop: start-up, health, the end, and each rpc's part in it.
 
-Life of a request here:
-
-    Session: Submit -> EngineLoop.submit -> (engine thread) add_request
-             engine thread: step -> Sink.on_step -> event loop: Session.deliver -> TokenBatch
-    it ends with a finish_reason per choice, with a Failure, by Abort, or with its session
-
-However a session ends, every request of it is aborted: a killed gateway can look like one that
-closed its stream in an orderly way.
+The engine speaks to it as its `Sink`, on the engine's thread; everything else is on the event loop.
 """
 
 from __future__ import annotations
@@ -15,23 +8,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import grpc
 
-from quire.api.errors import ApiError
 from quire.engine.loop import EngineLoop
-from quire.engine.request import FinishReason
 from quire.proto import worker_pb2, worker_pb2_grpc
 from quire.telemetry.instruments import render
 from quire.transfer.state import new_number
 from quire.worker import convert
 from quire.worker.control import Commands
-from quire.worker.disaggregation import Disaggregation, Surroundings, is_export
-from quire.worker.roles.source import PARK_S, parked
-from quire.worker.session import GatewaySession, SlowGateway
-from quire.worker.standing import Role, Standing, Weights
+from quire.worker.disaggregation import Disaggregation, Surroundings
+from quire.worker.session import SlowGateway
+from quire.worker.sessions import Sessions
+from quire.worker.standing import Standing, Weights
 from quire.worker.watch import updates
 
 if TYPE_CHECKING:
@@ -39,6 +30,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.registry import CollectorRegistry
 
+    from quire.api.errors import ApiError
     from quire.engine.engine import Engine
     from quire.engine.loop import StepRecord
     from quire.engine.output import ChoiceOutput
@@ -75,7 +67,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._loop: EngineLoop | None = None
         self._commands: Commands | None = None
         self._standing = Standing(Weights())
-        self._sessions: dict[int, GatewaySession] = {}
+        self._sessions = Sessions(self._standing, metrics)
         self._disaggregation: Disaggregation | None = None
 
     # ---- start-up
@@ -87,15 +79,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def attach(self, engine: Engine, transfer: TransferOptions | None) -> EngineLoop:
         """The engine is loaded: serve with it, and exchange KV blocks if asked to.
 
-        A pool on a GPU cannot be exchanged so far: a worker that does both jobs works alone then.
-        Raises OSError when a port for KV blocks is taken, ValueError when the role needs an
-        exchange that the pool does not allow.
+        Raises OSError when a port for KV blocks is taken, ValueError when their staging is too
+        small.
         """
         loop = EngineLoop(engine, self)
-        alone = transfer is None or engine.model.runner.backend.host_pool() is None
-        if transfer is not None and transfer.role is Role.BOTH and alone:
-            logger.warning("the KV cache is in device memory: none of it is exchanged with others")
-            transfer = None
         if transfer is not None:
             around = Surroundings(loop, self.incarnation, self._metrics)
             self._disaggregation = Disaggregation.start(transfer, around)
@@ -105,6 +92,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             loop, self._standing, self._disaggregation, has_pinned_pool=pinned
         )
         self._loop = loop
+        self._sessions.attach(loop, self._disaggregation)
         loop.start()
         return loop
 
@@ -156,20 +144,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         # Emptiness is polled: it is made of what sessions, the engine and transfers hold.
         while not self._is_empty() and time.monotonic() < standing.drain_deadline:  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_POLL_S)
-        left = sum(len(session.requests) for session in self._sessions.values())
-        logger.info("drained: %d requests left", left)
+        logger.info("drained: %d requests left", self._sessions.num_requests)
 
     def _is_empty(self) -> bool:
         has_jobs = self._disaggregation is not None and self._disaggregation.num_jobs > 0
-        if has_jobs or any(session.requests for session in self._sessions.values()):
+        if has_jobs or self._sessions.num_requests:
             return False
         return self._commands is None or self._commands.is_idle()
 
     async def detach(self) -> None:
         """The engine stops: end what is exchanged with other workers."""
         self._loop = None
-        for session in self._sessions.values():
-            session.close()
+        self._sessions.detach()
         self._standing.end()
         if self._disaggregation is not None:
             await self._disaggregation.close()
@@ -184,7 +170,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """A step finished."""
         self._metrics.step(record, outputs)
         if outputs:
-            self._asyncio.call_soon_threadsafe(self._deliver, record.step, outputs)
+            self._asyncio.call_soon_threadsafe(self._sessions.deliver, record.step, outputs)
 
     def on_prefill_needed(self, needed: list[PrefillNeeded]) -> None:
         """Prompts wait for another worker."""
@@ -199,46 +185,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def on_rejected(self, request_id: str, error: ApiError) -> None:
         """A request was refused."""
         self._metrics.rejected(error)
-        self._asyncio.call_soon_threadsafe(self._reject, request_id, error)
+        self._asyncio.call_soon_threadsafe(self._sessions.reject, request_id, error)
 
     def on_death(self, error: BaseException) -> None:
         """The engine failed."""
         self._asyncio.call_soon_threadsafe(self.fail_all, f"the engine failed: {error}")
 
-    # ---- on the event loop
-
-    def _deliver(self, step: int, outputs: list[ChoiceOutput]) -> None:
-        by_session: defaultdict[int, list[ChoiceOutput]] = defaultdict(list)
-        for output in outputs:
-            if is_export(output.request_id):
-                if self._disaggregation is not None:
-                    self._disaggregation.prefill.on_output(output)
-            elif output.finish_reason is FinishReason.ERROR:
-                message = "The model gave no finite number for this request."
-                self._reject(output.request_id, ApiError("internal_error", message))
-            else:
-                by_session[_session_number(output.request_id)].append(output)
-        for number, share in by_session.items():
-            if (session := self._sessions.get(number)) is not None:
-                session.deliver(step, share)
-
-    def _reject(self, request_id: str, error: ApiError) -> None:
-        if is_export(request_id):
-            if self._disaggregation is not None:
-                self._disaggregation.prefill.on_rejected(request_id, error)
-            return
-        session = self._sessions.get(_session_number(request_id))
-        if session is not None and request_id in session.requests:
-            request, attempt = session.end(request_id)
-            session.fail(convert.failure_to(error, request, attempt))
-
     def fail_all(self, message: str) -> None:
-        """The engine is lost: tell every request and refuse new ones."""
+        """The engine is lost: every request is told. On the event loop."""
         self._loop = None
-        for session in self._sessions.values():
-            for request_id in list(session.requests):
-                self._reject(request_id, ApiError("internal_error", message))
-            session.close()
+        self._sessions.fail_all(message)
         self.died.set()
 
     # ---- Session
@@ -249,77 +205,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         context: grpc.aio.ServicerContext[worker_pb2.SessionRequest, worker_pb2.SessionReply],
     ) -> AsyncIterator[worker_pb2.SessionReply]:
         """All requests of one gateway."""
-        session = GatewaySession()
-        self._sessions[session.number] = session
-        reader = asyncio.create_task(self._read(session, request_iterator))
         try:
-            async for reply in session.replies():
-                yield reply
+            # closed here: it would end its requests when it is collected, some time later
+            async with aclosing(self._sessions.serve(request_iterator)) as replies:
+                async for reply in replies:
+                    yield reply
         except SlowGateway:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway reads too slowly")
-        finally:
-            reader.cancel()
-            del self._sessions[session.number]
-            for request_id in session.requests:
-                self._abort(request_id, None)
-
-    async def _read(
-        self, session: GatewaySession, requests: AsyncIterator[worker_pb2.SessionRequest]
-    ) -> None:
-        """Take in the gateway's messages; its end, orderly or not, ends the session."""
-        try:
-            async for message in requests:
-                if message.WhichOneof("message") == "submit":
-                    self._submit(session, message.submit)
-                elif (request_id := session.engine_id(message.abort.request)) is not None:
-                    choice = message.abort.choice if message.abort.HasField("choice") else None
-                    if message.abort.moved and choice is None:
-                        self._move(request_id)
-                    else:
-                        self._abort(request_id, choice)
-        finally:
-            session.close()
-
-    def _submit(self, session: GatewaySession, submit: worker_pb2.Submit) -> None:
-        request_id = session.open(submit)
-        if self._loop is None:
-            message = "The model is loading. Please retry."
-            self._reject(request_id, ApiError("not_ready", message, retry_after_s=2))
-            return
-        if (refusal := self._standing.refusal()) is not None:
-            self._reject(request_id, refusal)
-            return
-        try:
-            request = convert.request_from(submit, request_id)
-        except ApiError as error:
-            self._reject(request_id, error)
-            return
-        if self._disaggregation is not None and submit.HasField("source"):
-            self._disaggregation.fetch.submit(request, submit)
-            return
-        if self._disaggregation is not None:
-            request = self._disaggregation.with_remote_prompt(request, submit)
-        if submit.HasField("source"):
-            self._loop.call(lambda _: self._metrics.moved_here(request, 0))
-        self._loop.submit(request)
-
-    def _abort(self, request_id: str, choice: int | None) -> None:
-        parts = self._disaggregation
-        if self._loop is None or (parts is not None and parts.fetch.abort(request_id, choice)):
-            return
-        self._loop.abort(request_id, choice)
-
-    def _move(self, request_id: str) -> None:
-        """The request goes on at another worker, which may soon fetch its blocks."""
-        parts, loop = self._disaggregation, self._loop
-        if loop is None or parts is None or parts.fetch.abort(request_id, None):
-            self._abort(request_id, None)
-            return
-        key = parked(request_id.split("/", 3)[3])
-        loop.move(request_id, key)
-        self._asyncio.call_later(
-            PARK_S, loop.call, lambda engine: engine.scheduler.handover.release(key)
-        )
 
     # ---- Prefill
 
@@ -338,8 +230,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             )
             yield worker_pb2.PrefillReply(failed=failed)
         else:
-            async for reply in self._disaggregation.prefill.serve(request):
-                yield reply
+            async with aclosing(self._disaggregation.prefill.serve(request)) as replies:
+                async for reply in replies:
+                    yield reply
 
     async def Fetch(
         self,
@@ -350,8 +243,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         if self._disaggregation is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, NO_EXCHANGE)
         else:
-            async for reply in self._disaggregation.source.serve(request):
-                yield reply
+            async with aclosing(self._disaggregation.source.serve(request)) as replies:
+                async for reply in replies:
+                    yield reply
 
     # ---- Watch
 
@@ -404,7 +298,3 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             for address, state in parts.peers.states().items():
                 report.peers.add(address=address, state=state)
         return report
-
-
-def _session_number(request_id: str) -> int:
-    return int(request_id.partition("/")[0])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.coordinator.capacity import Demand, Node, shortage
+from quire.coordinator.capacity import Demand, Node, hosts_of, shortage
 
 GPU_NODES = [Node(f"n{i}", f"10.0.0.{i}", cpus=16, gpus=8) for i in range(2)]
 
@@ -15,10 +15,36 @@ def test_what_fits_is_accepted():
     assert shortage(GPU_NODES, [Demand("p", 4, 4, 4)]) is None
 
 
-def test_a_replica_does_not_span_hosts():
+def test_a_replica_of_one_rank_does_not_span_hosts():
     said = shortage(GPU_NODES, [Demand("p", 1, 1, 9)])
     assert said is not None
     assert "room for 0" in said
+
+
+@pytest.mark.parametrize(
+    ("demand", "hosts"),
+    [
+        (Demand("p", 1, 16, 8, ranks=8), 1),
+        (Demand("p", 1, 16, 16, ranks=16), 2),
+        (Demand("p", 1, 32, 8, ranks=8), 2),
+        (Demand("p", 1, 1, 9, ranks=3), 1),  # what no host count makes fit stays whole
+        (Demand("p", 1, 16, 16, {"a": "b"}, ranks=16), 1),
+    ],
+)
+def test_what_is_too_large_for_a_host_goes_over_the_fewest(demand, hosts):
+    assert hosts_of(GPU_NODES, demand) == hosts
+    assert (shortage(GPU_NODES, [demand]) is None) == (hosts > 1 or demand.gpus == 8)
+
+
+def test_replicas_over_several_hosts_are_counted_whole():
+    nodes = [Node(f"n{i}", f"10.0.0.{i}", cpus=1) for i in range(5)]
+    assert shortage(nodes, [Demand("p", 2, 2, ranks=2)]) is None
+    assert "room for 2 beside" in (shortage(nodes, [Demand("p", 3, 2, ranks=2)]) or "")
+
+
+def test_a_share_is_of_everything():
+    assert Demand("p", 1, 4, 2, ranks=2).share(2) == {"CPU": 2.0, "GPU": 1.0}
+    assert Demand("p", 1, 0.5).share(1) == {"CPU": 0.5}
 
 
 def test_the_message_says_what_is_there_and_what_to_change():

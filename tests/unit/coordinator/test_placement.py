@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from quire.coordinator.joining import why_not_connected
-from quire.coordinator.placement import Room
 
 
 @pytest.mark.parametrize(
@@ -30,8 +29,3 @@ from quire.coordinator.placement import Room
 )
 def test_each_failure_names_what_to_change(address, error, said):
     assert said in why_not_connected(address, error)
-
-
-def test_a_replica_needs_one_bundle_of_everything():
-    assert Room(2.0, 4, {}).bundle == {"CPU": 2.0, "GPU": 4.0}
-    assert Room(0.5, 0, {}).bundle == {"CPU": 0.5}

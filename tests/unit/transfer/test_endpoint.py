@@ -5,39 +5,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from transfers import LAYOUT, Side
-from wire import unknown_field
+from transfers import LAYOUT, Net, Side, newer, run
 
-from quire.proto.transfer_pb2 import Hello
-from quire.transfer.faults import FaultPlan, FaultyTransport
+from quire.transfer.faults import FaultPlan
 from quire.transfer.frames import Kind
 from quire.transfer.layout import WIRE_VERSION, Shard, pieces, share
 from quire.transfer.link import LinkRefused
-from quire.transfer.local import LocalNetwork, LocalTransport
-from quire.transfer.negotiate import Identity
 from quire.transfer.state import Ended, Failure, Released, TransferRef
 
 
-class Net:
-    """Sides on one in-process network."""
-
-    def __init__(self, plan=None):
-        self.network = LocalNetwork()
-        self.plan = plan or FaultPlan()
-
-    def side(self, seed, **options):
-        transport = FaultyTransport(LocalTransport(self.network), self.plan)
-        return Side(seed=seed, transports=[transport], **options)
-
-
-def run(p, d, blocks=12, slots=range(30, 42)):
-    """One transfer from p to d; both sides' last events."""
-    ref = d.endpoint.receive(blocks)
-    d.endpoint.grant(ref, 0, slots)
-    p.endpoint.send(ref, d.peer)
-    p.endpoint.offer(ref, 0, range(blocks))
-    p.endpoint.commit(ref, blocks=blocks, tokens=blocks * 16 - 3, meta=b"first token")
-    return ref, d.ended(ref), p.ended(ref)
+@pytest.fixture(autouse=True, params=["host", "staged"])
+def memory(request, monkeypatch):
+    """Of every side here: blocks in place, or through ten places."""
+    monkeypatch.setattr(Side, "memory", request.param)
 
 
 def test_bytes_arrive_and_every_block_comes_back_once():
@@ -371,27 +351,6 @@ def test_a_probe_measures_a_pair_and_says_why_it_cannot():
             assert refused.value.failure is failure
 
 
-class Newer(Identity):
-    """A process of a later version: what it says of itself differs by `added`."""
-
-    added: dict
-
-    def hello(self, listeners, capabilities):
-        hello = super().hello(listeners, capabilities)
-        hello.capabilities.append("teleport")
-        for name, value in self.added.items():
-            setattr(hello, name, value)
-        return Hello.FromString(hello.SerializeToString() + unknown_field())
-
-
-def newer(side, **added):
-    """The side, which speaks as a later version would. Before it starts."""
-    node = side.endpoint._core.node
-    node.identity = Newer(**vars(node.identity))
-    object.__setattr__(node.identity, "added", added)
-    return side
-
-
 @pytest.mark.parametrize("which", ["sender", "receiver"])
 def test_a_later_wire_version_is_refused_with_the_reason_and_no_block_kept(which):
     net = Net()
@@ -440,3 +399,19 @@ def test_only_transports_that_both_know_are_tried():
         assert ended.failure is Failure.UNREACHABLE
         assert "no transport in common, here tcp" in ended.detail
         d.endpoint.cancel(ref)
+
+
+def test_verbs_after_the_end_give_everything_back_at_once():
+    net = Net()
+    with net.side(1) as p, net.side(2) as d:
+        pass
+    ref = d.endpoint.receive(4)
+    assert d.ended(ref, timeout_s=0).failure is Failure.CANCELLED
+    d.endpoint.grant(ref, 0, [5, 6])
+    assert d.released(ref) == [5, 6]
+    d.endpoint.fence(ref)
+    p.endpoint.send(ref, d.peer)
+    assert p.ended(ref, timeout_s=0).failure is Failure.CANCELLED
+    p.endpoint.offer(ref, 0, [7])
+    assert p.released(ref) == [7]
+    assert not p.endpoint._core.sender and not d.endpoint._core.receiver

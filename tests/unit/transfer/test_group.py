@@ -9,14 +9,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from transfers import LAYOUT, config
 
+from quire.engine.runner.pool_copies import PoolCopies
 from quire.transfer.endpoint import Endpoint
 from quire.transfer.group import GroupEndpoint, identity_of
 from quire.transfer.layout import Shard, block_bytes, heads_of
 from quire.transfer.local import LocalNetwork, LocalTransport
-from quire.transfer.memory import PoolMemory
+from quire.transfer.memory import HostMemory, PoolMemory
 from quire.transfer.negotiate import Identity
+from quire.transfer.staging import StagedMemory
 from quire.transfer.state import Delivered, Ended, Failure, Released, new_number
 
 NUM_BLOCKS = 24
@@ -60,6 +63,10 @@ class LocalRanks:
     def fence(self, leg, timeout_s):
         self.verbs.submit(self.endpoints[leg[0]].fence, leg[1]).result(timeout_s)
 
+    def flush(self):
+        """Return when every verb so far was carried out."""
+        self.verbs.submit(lambda: None).result(WAIT_S)
+
     def close(self):
         self.verbs.shutdown()
         for endpoint in self.endpoints.values():
@@ -77,6 +84,7 @@ class Worker:
 
     def __init__(self, network, degree: int, whole: np.ndarray, slow_s: float = 0.0, **options):
         self.network = network
+        self.places = options.pop("places", None)
         parts = [heads_of(LAYOUT.num_kv_heads, Shard(rank, degree)) for rank in range(degree)]
         self.heads = parts
         self.pools = [
@@ -102,8 +110,10 @@ class Worker:
             self.ranks.close()
 
     def memory(self, rank: int) -> PoolMemory:
-        shard = Shard(rank, len(self.heads))
-        return PoolMemory(self.pools[rank], block_bytes(LAYOUT, shard))
+        pool, size = self.pools[rank], block_bytes(LAYOUT, Shard(rank, len(self.heads)))
+        if self.places is None:
+            return HostMemory(pool, size)
+        return StagedMemory(PoolCopies(torch.from_numpy(pool), self.places * size))
 
     def note(self, event):
         with self.changed:
@@ -150,12 +160,12 @@ def transfer(p: Worker, d: Worker, blocks: int):
 @pytest.mark.parametrize(
     ("sending", "receiving"), [(1, 1), (1, 2), (2, 1), (2, 4), (4, 2), (8, 2), (1, 8)]
 )
-@pytest.mark.parametrize("slow_s", [0.0, 0.3])
-def test_every_rank_gets_its_heads_of_every_block(sending, receiving, slow_s):
+@pytest.mark.parametrize(("slow_s", "places"), [(0.0, None), (0.3, None), (0.1, 4)])
+def test_every_rank_gets_its_heads_of_every_block(sending, receiving, slow_s, places):
     network, whole = LocalNetwork(), random_pool(1)
     with (
-        Worker(network, sending, whole) as p,
-        Worker(network, receiving, random_pool(2), slow_s) as d,
+        Worker(network, sending, whole, places=places) as p,
+        Worker(network, receiving, random_pool(2), slow_s, places=places) as d,
     ):
         ref = transfer(p, d, 8)
         there, here = d.ended(ref), p.ended(ref)
@@ -193,9 +203,24 @@ def test_one_rank_that_fails_fails_it_everywhere():
         ref = d.endpoint.receive(6)
         d.endpoint.grant(ref, 0, range(6))
         p.endpoint.send(ref, d.peer)
+        d.ranks.flush()
         d.ranks.endpoints[1].close()
         p.endpoint.offer(ref, 0, range(6))
         assert d.ended(ref).failure is not None
+        assert p.ended(ref).failure is not None
+        assert d.returned(ref, 6) == list(range(6))
+        assert p.returned(ref, 6) == list(range(6))
+
+
+def test_a_rank_that_is_gone_before_it_hears_of_a_transfer_fails_it_everywhere():
+    network = LocalNetwork()
+    with Worker(network, 1, random_pool(1)) as p, Worker(network, 2, random_pool(2), 0.2) as d:
+        ref = d.endpoint.receive(6)
+        d.endpoint.grant(ref, 0, range(6))
+        d.ranks.endpoints[1].close()
+        p.endpoint.send(ref, d.peer)
+        p.endpoint.offer(ref, 0, range(6))
+        assert d.ended(ref).failure in (Failure.CANCELLED, Failure.PEER_CANCELLED)
         assert p.ended(ref).failure is not None
         assert d.returned(ref, 6) == list(range(6))
         assert p.returned(ref, 6) == list(range(6))

@@ -1,4 +1,5 @@
-"""Both sides of a transfer under any order of inputs: every block comes back exactly once."""
+"""Both sides of a transfer under any order of inputs: every block comes back exactly once, and so
+does every place; what is loaded, sent, stored and delivered is the block's own bytes."""
 
 import pytest
 from hypothesis import settings
@@ -18,11 +19,15 @@ from quire.transfer.state import (
     Failure,
     Grant,
     Lease,
+    Load,
+    Offered,
     Open,
     Released,
     Reply,
     Resend,
+    Store,
     TransferRef,
+    Vacate,
 )
 
 REF = TransferRef(7, 1, 9)
@@ -57,11 +62,42 @@ class Books:
             assert sorted(self.back) == sorted(self.given), "a block was kept"
 
 
-class Pair(RuleBasedStateMachine):
-    """Two sides and a network that drops, repeats, delays, reorders and damages."""
+class Places:
+    """A side's memory: what lies where, and what is being copied."""
 
-    @initialize(ranks=st.sampled_from([1, 2]), calm=st.booleans())
-    def begin(self, ranks, calm):
+    def __init__(self, count):
+        self.free = list(range(500, 500 + count))
+        self.lying = {}  # place -> pieces, or the block that was loaded
+        self.copied = set()
+
+    def claim(self, count):
+        claimed, self.free = self.free[:count], self.free[count:]
+        self.lying.update((place, {}) for place in claimed)
+        return claimed
+
+    def vacate(self, places):
+        for place in places:
+            assert place not in self.copied, "vacated in the middle of a copy"
+            del self.lying[place]  # twice is a KeyError
+            self.free.append(place)
+
+    def begin(self, places):
+        assert self.copied.isdisjoint(places)
+        assert set(places) <= self.lying.keys()
+        self.copied.update(places)
+
+    def end(self, places):
+        self.copied.difference_update(places)
+
+
+class Pair(RuleBasedStateMachine):
+    """Two sides and a network that drops, repeats, delays, reorders and damages; each side with
+    fewer places than blocks, and copies that take their time and may fail."""
+
+    @initialize(
+        ranks=st.sampled_from([1, 2]), calm=st.booleans(), rooms=st.tuples(*[st.integers(1, 7)] * 3)
+    )
+    def begin(self, ranks, calm, rooms):
         self.now = 0.0
         self.calm = calm  # without trouble, so that commits are reached too
         self.ranks = range(ranks)
@@ -70,6 +106,9 @@ class Pair(RuleBasedStateMachine):
         self.senders = [SendingTransfer(REF, LENGTHS, Lease(5, 0)) for _ in self.ranks]
         self.books = Books()
         self.sender_books = [Books() for _ in self.ranks]
+        self.places = Places(rooms[2])
+        self.sender_places = [Places(rooms[rank]) for rank in self.ranks]
+        self.pool = {}  # slot -> what was stored there
         self.wire = []
         self.next_grant = 0
         self.next_offer = [0] * ranks
@@ -80,12 +119,22 @@ class Pair(RuleBasedStateMachine):
 
     def do_receiver(self, effects):
         for effect in effects:
-            if isinstance(effect, Reply):
-                self.wire.append(("S", effect.rank, effect.message))
-            else:
-                self.books_take(effect)
+            match effect:
+                case Reply(rank, message):
+                    self.wire.append(("S", rank, message))
+                case Store(_, _, place):
+                    self.places.begin([place])
+                    self.wire.append(("C", 0, effect))
+                case Vacate(places):
+                    self.places.vacate(places)
+                case _:
+                    self.books_take(effect)
+        if claimed := self.places.claim(self.receiver.num_ready):
+            self.do_receiver(self.receiver.placed(claimed))
 
     def books_take(self, event):
+        if isinstance(event, Delivered):
+            assert self.pool[event.slot] == event.block, "delivered before it was stored"
         if self.books.ended and isinstance(event, Released):
             # what is granted after the end comes straight back; the only thing that still does
             assert set(event.slots).isdisjoint(self.books.given)
@@ -94,10 +143,39 @@ class Pair(RuleBasedStateMachine):
 
     def do_sender(self, rank, effects):
         for effect in effects:
-            if isinstance(effect, Reply):
-                self.wire.append(("R", rank, effect.message))
-            else:
-                self.sender_books[rank].take(effect)
+            match effect:
+                case Reply(_, message):
+                    self.wire.append(("R", rank, message))
+                case Load(_, _, places):
+                    self.sender_places[rank].begin(places)
+                    self.wire.append(("C", rank, effect))
+                case Vacate(places):
+                    self.sender_places[rank].vacate(places)
+                case _:
+                    self.sender_books[rank].take(effect)
+        if claimed := self.sender_places[rank].claim(len(self.senders[rank].unplaced)):
+            self.do_sender(rank, self.senders[rank].placed(claimed))
+
+    # ---- copies
+
+    def copy(self, rank, errand, error=""):
+        """A copy is done."""
+        if isinstance(errand, Load):
+            books, places = self.sender_books[rank], self.sender_places[rank]
+            assert set(errand.slots).isdisjoint(books.back), "read after it was given back"
+            for block, place in zip(errand.blocks, errand.places, strict=True):
+                places.lying[place] = block
+            places.end(errand.places)
+            self.do_sender(rank, self.senders[rank].loaded(errand.blocks, error))
+        else:
+            assert errand.slot not in self.books.back, "written after it was given back"
+            whole = {(r, p): errand.block * 10 + p for r in self.ranks for p in range(PIECES)}
+            assert self.places.lying[errand.place] == whole, "an unverified byte was stored"
+            if not error:
+                self.pool[errand.slot] = errand.block
+            self.places.end([errand.place])
+            self.places.vacate([errand.place])
+            self.do_receiver(self.receiver.stored(errand.block, error))
 
     # ---- callers
 
@@ -137,9 +215,12 @@ class Pair(RuleBasedStateMachine):
                 self.write_one(rank)
 
     def write_one(self, rank):
-        pieces = [piece for piece, _ in self.senders[rank].take(250, 8)]
+        taken = self.senders[rank].take(250, 8)
+        pieces = [piece for piece, _ in taken]
         if not pieces:
             return
+        for (block, _), place in taken:
+            assert self.sender_places[rank].lying[place] == block, "sent before it was loaded"
         entries = [Entry(block, piece, block * 10 + piece) for block, piece in pieces]
         self.senders[rank].summed(entries)
         self.wire.append(("R", rank, entries))
@@ -149,7 +230,9 @@ class Pair(RuleBasedStateMachine):
 
     def deliver(self, item, damaged=False):
         to, rank, message = item
-        if to == "W":
+        if to == "C":
+            self.copy(rank, message)
+        elif to == "W":
             self.do_sender(rank, self.senders[rank].written(message, self.now))
         elif to == "S":
             self.to_sender(rank, message)
@@ -173,23 +256,27 @@ class Pair(RuleBasedStateMachine):
 
     def to_receiver(self, rank, message, damaged):
         match message:
-            case Open():
+            case Open(count):
+                self.receiver.offered(rank, count)
                 self.do_receiver(self.receiver.opened(rank, self.now))
             case Committing(commit):
                 self.do_receiver(self.receiver.commit(rank, commit, self.now))
             case Fail(failure):
                 self.do_receiver(self.receiver.refused(failure))
+            case Offered(count):
+                self.receiver.offered(rank, count)
+                self.do_receiver([])
             case list():
                 good = []
                 for entry in message:
-                    slot = self.receiver.place(rank, entry.block, entry.piece)
-                    if slot is None:
+                    place = self.receiver.place(rank, entry.block, entry.piece)
+                    if place is None:
                         if self.receiver.knows(rank, entry.block, entry.piece):
                             good.append((entry.block, entry.piece))
                         continue
-                    assert slot in self.books.given and slot not in self.books.back, (
-                        "written into a block that is not the transfer's"
-                    )
+                    assert place not in self.places.copied, "written in the middle of a copy"
+                    value = -1 if damaged else entry.checksum
+                    self.places.lying[place][rank, entry.piece] = value  # of a claimed place
                     effects = self.receiver.landed(rank, entry, not damaged, self.now)
                     self.do_receiver(effects)
                     if not damaged:
@@ -215,7 +302,7 @@ class Pair(RuleBasedStateMachine):
             fault = "repeat"
         index = data.draw(st.integers(0, len(self.wire) - 1))
         item = self.wire[index]
-        if item[0] == "W":
+        if item[0] in "WC":
             return  # not of the network
         if fault == "repeat":
             self.deliver(item)
@@ -227,6 +314,13 @@ class Pair(RuleBasedStateMachine):
             self.wire.append(item)
 
     # ---- trouble
+
+    @precondition(lambda self: not self.calm and any(i[0] == "C" for i in self.wire))
+    @rule()
+    def fail_a_copy(self):
+        index = next(i for i, item in enumerate(self.wire) if item[0] == "C")
+        _, rank, errand = self.wire.pop(index)
+        self.copy(rank, errand, "the device is gone")
 
     @precondition(lambda self: not self.calm)
     @rule(seconds=st.sampled_from([0.1, 2.0, 6.0]))
@@ -264,18 +358,27 @@ class Pair(RuleBasedStateMachine):
         self.books.check(self.receiver.is_over)
         for rank in self.ranks:
             self.sender_books[rank].check(self.senders[rank].is_over)
+            if self.senders[rank].is_over:
+                assert not self.sender_places[rank].lying, "a place was kept"
+        if self.receiver.is_over:
+            assert not self.places.lying, "a place was kept"
         if self.receiver.state is ReceivingState.COMMITTED:
             assert self.books.ended[0].commit.blocks == BLOCKS
             assert all(s.state is not SendingState.OPENING for s in self.senders)
 
     def teardown(self):
-        """Time alone frees everything, whatever was lost."""
+        """Time alone frees everything, whatever was lost; copies end in any case."""
         if not hasattr(self, "books"):
             return
+        self.wire = [item for item in self.wire if item[0] == "C"]
         for rank in self.ranks:
             self.do_sender(rank, self.senders[rank].lost())
         self.now += 100
         self.do_receiver(self.receiver.expire(self.now))
+        while self.wire:
+            to, rank, errand = self.wire.pop(0)
+            if to == "C":
+                self.copy(rank, errand)
         self.every_block_has_one_owner()
         assert self.receiver.is_over
         assert all(sender.is_over for sender in self.senders)
@@ -288,15 +391,22 @@ TestPair.settings = settings(max_examples=150, stateful_step_count=40, deadline=
 # ---- single edges, by name
 
 
+def granted(machine, first, slots):
+    """Grant blocks that have places, as in host memory."""
+    effects = machine.grant(first, slots)
+    return [*effects, *machine.placed(slots)]
+
+
 def receiving(state):
     machine = ReceivingTransfer(REF, 2, {0: 1}, Lease(5, 0))
-    machine.grant(0, [50, 51])
+    granted(machine, 0, [50, 51])
     if state != "promised":
         machine.opened(0, 0)
     if state == "committed":
         entries = [Entry(0, 0, 1), Entry(1, 0, 2)]
         for entry in entries:
             machine.landed(0, entry, True, 0)
+            machine.stored(entry.block)
         machine.commit(0, Commit(2, 32, b"", digest(entries)), 0)
     if state == "failed":
         machine.cancel()
@@ -321,7 +431,7 @@ def test_a_receiver_ends_from_every_state_and_only_once(state, edge, failure):
         assert effects == []
         return
     events = [e for e in effects if not isinstance(e, Reply)]
-    assert events[0] == Released(REF, (50, 51))
+    assert events[:2] == [Vacate((50, 51)), Released(REF, (50, 51))]
     assert events[-1].failure is failure
     assert edge(machine) == []
 
@@ -339,6 +449,7 @@ def test_a_commit_that_does_not_fit_is_no_success(commit, why):
     machine = receiving("receiving")
     for block in (0, 1):
         machine.landed(0, Entry(block, 0, 5), True, 0)
+        machine.stored(block)
     ended = machine.commit(0, commit, 0)[-1]
     assert ended.failure is Failure.INCOMPLETE
     assert why in ended.detail
@@ -354,12 +465,13 @@ def test_a_block_damaged_twice_fails_and_once_is_asked_for_again():
 
 def test_a_receiver_waits_for_every_rank():
     machine = ReceivingTransfer(REF, 1, {0: 1, 2: 1}, Lease(5, 0))
-    machine.grant(0, [50])
+    granted(machine, 0, [50])
     for rank in (0, 2):
         assert machine.opened(rank, 0) == [Reply(rank, Grant(0, 1))]
     assert machine.landed(0, Entry(0, 0, 5), True, 0) == []
     assert machine.commit(0, Commit(1, 16, b"m", digest([Entry(0, 0, 5)])), 0) == []
-    assert machine.landed(2, Entry(0, 0, 6), True, 0) == [Delivered(REF, 0, 50)]
+    assert machine.landed(2, Entry(0, 0, 6), True, 0) == [Store(0, 50, 50)]
+    assert machine.stored(0) == [Delivered(REF, 0, 50)]
     last = machine.commit(2, Commit(1, 16, b"", digest([Entry(0, 0, 6)])), 0)[-1]
     assert last.failure is None and last.commit.meta == b"m"
 
@@ -370,7 +482,7 @@ def test_a_grant_twice_or_beyond_the_promise_is_an_error_and_binds_nothing():
         machine.grant(1, [60])
     with pytest.raises(ValueError, match="of a transfer of 2"):
         machine.grant(2, [60])
-    assert machine.cancel()[0] == Released(REF, (50, 51))
+    assert Released(REF, (50, 51)) in machine.cancel()
 
 
 def test_a_sender_that_waits_for_its_caller_lives_by_keeps_and_one_with_data_by_progress():
@@ -380,6 +492,8 @@ def test_a_sender_that_waits_for_its_caller_lives_by_keeps_and_one_with_data_by_
     assert machine.expire(8) == []
     machine.granted(0, 1, 8)
     machine.offer(0, [3])
+    machine.placed([3])
+    machine.loaded([0])
     machine.heard(12)
     assert machine.expire(14)[-1].failure is Failure.LEASE
 
@@ -388,8 +502,85 @@ def test_a_block_is_not_released_while_the_transport_reads_it():
     machine = SendingTransfer(REF, (10,), Lease(5, 0))
     machine.granted(0, 2, 0)
     machine.offer(0, [3, 4])
+    machine.placed([3, 4])
+    machine.loaded([0, 1])
     assert [p for p, _ in machine.take(10, 8)] == [(0, 0)]
     effects = machine.cancel()
     assert Released(REF, (4,)) in effects
     assert machine.state is SendingState.DRAINING
-    assert machine.written([(0, 0)], 0) == [Released(REF, (3,)), Ended(REF, Failure.CANCELLED)]
+    effects = machine.written([(0, 0)], 0)
+    assert effects == [Vacate((3,)), Released(REF, (3,)), Ended(REF, Failure.CANCELLED)]
+
+
+def test_a_block_that_waits_for_a_place_is_not_granted_and_is_not_held_by_anything():
+    machine = ReceivingTransfer(REF, 3, {0: 1}, Lease(5, 0))
+    machine.opened(0, 0)
+    assert machine.grant(0, [50, 51, 52]) == []
+    assert (list(machine.unplaced), machine.num_ready) == ([50, 51, 52], 0)
+    machine.offered(0, 2)
+    machine.offered(0, 1)  # said earlier, heard later
+    assert machine.num_ready == 2
+    assert machine.placed([7]) == [Reply(0, Grant(0, 1))]
+    assert machine.grants() == [Grant(0, 1)]
+    assert (machine.num_ready, machine.place(0, 0, 0), machine.place(0, 1, 0)) == (1, 7, None)
+    effects = machine.cancel()
+    assert effects[1:] == [
+        Vacate((7,)), Released(REF, (50, 51, 52)), Ended(REF, Failure.CANCELLED),
+    ]  # fmt: skip
+    assert machine.num_ready == 0 and not machine.unplaced
+
+
+@pytest.mark.parametrize("error", ["", "no device"])
+def test_a_receiver_that_stores_a_block_ends_after_it(error):
+    machine = receiving("receiving")
+    assert machine.landed(0, Entry(0, 0, 5), True, 0) == [Store(0, 50, 50)]
+    effects = machine.cancel()
+    assert effects[1:] == [Vacate((51,)), Released(REF, (51,))]
+    assert machine.state is ReceivingState.DRAINING
+    assert machine.cancel() == machine.expire(9) == machine.lost(0) == []
+    back = Released(REF, (50,)) if error else Delivered(REF, 0, 50)
+    assert machine.stored(0, error) == [back, Ended(REF, Failure.CANCELLED)]
+
+
+def test_a_commit_waits_for_what_is_being_stored():
+    machine = receiving("receiving")
+    entries = [Entry(0, 0, 5), Entry(1, 0, 6)]
+    for entry in entries:
+        machine.landed(0, entry, True, 0)
+    assert machine.commit(0, Commit(2, 32, b"", digest(entries)), 0) == []
+    assert machine.stored(1) == [Delivered(REF, 1, 51)]
+    delivered, confirmed, ended = machine.stored(0)
+    assert delivered == Delivered(REF, 0, 50)
+    assert (confirmed, ended.failure) == (Reply(0, Committed()), None)
+
+
+def test_a_copy_that_fails_ends_the_transfer_on_either_side():
+    machine = receiving("receiving")
+    machine.landed(0, Entry(0, 0, 5), True, 0)
+    released, told, _, rest, ended = machine.stored(0, "no device")
+    assert (released, rest) == (Released(REF, (50,)), Released(REF, (51,)))
+    assert told == Reply(0, Fail(Failure.MEMORY, "no device"))
+    assert ended == Ended(REF, Failure.MEMORY, "no device")
+    sender = SendingTransfer(REF, (10,), Lease(5, 0))
+    sender.granted(0, 2, 0)
+    sender.offer(0, [3, 4])
+    assert sender.placed([8]) == [Load((0,), (3,), (8,))]
+    told, vacated, released, ended = sender.loaded([0], "no device")
+    assert told == Reply(-1, Fail(Failure.MEMORY, "no device"))
+    assert (vacated, released) == (Vacate((8,)), Released(REF, (3, 4)))
+    assert ended == Ended(REF, Failure.MEMORY, "no device")
+
+
+def test_a_sender_holds_what_is_being_loaded_and_nothing_else():
+    machine = SendingTransfer(REF, (10,), Lease(5, 0))
+    machine.granted(0, 3, 0)
+    machine.offer(0, [3, 4, 5])
+    machine.placed([8])
+    assert list(machine.unplaced) == [4, 5]
+    assert not machine.has_pieces
+    assert machine.cancel()[1:] == [Released(REF, (4, 5))]
+    assert machine.state is SendingState.DRAINING and not machine.unplaced
+    assert machine.loaded([0]) == [
+        Vacate((8,)), Released(REF, (3,)), Ended(REF, Failure.CANCELLED),
+    ]  # fmt: skip
+    assert not machine.has_pieces

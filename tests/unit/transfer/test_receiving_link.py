@@ -21,7 +21,7 @@ from quire.transfer.frames import (
 from quire.transfer.intake import Intake
 from quire.transfer.layout import FRAME_BYTES, Shard, block_bytes
 from quire.transfer.link import LinkState
-from quire.transfer.memory import PoolMemory
+from quire.transfer.memory import HostMemory
 from quire.transfer.negotiate import Identity
 from quire.transfer.receiver import Receiver
 from quire.transfer.receiving_link import ReceivingLink
@@ -50,7 +50,7 @@ class Side:
         self.pool = np.zeros((8, SIZE), np.uint8)
         self.events = []
         identity = Identity(LAYOUT, Shard(), "d", 5, 1.0)
-        self.node = Node(identity, config(), PoolMemory(self.pool, SIZE), lambda: 0.0)
+        self.node = Node(identity, config(), HostMemory(self.pool, SIZE), lambda: 0.0)
         self.receiver = Receiver(self.node, self.events.append)
         self.receiver.promise(REF, 3, 1, 5.0)
         self.receiver.grant(REF, 0, [4, 5, 6])

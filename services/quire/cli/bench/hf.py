@@ -19,10 +19,16 @@ if TYPE_CHECKING:
     from quire.config.engine import EngineConfig
 
 
+WAYS = ("padded", "continuous")
+
+
 def measure_transformers(
-    engine: EngineConfig, how: ThroughputConfig, samples: Sequence[Sample]
+    engine: EngineConfig,
+    how: ThroughputConfig,
+    samples: Sequence[Sample],
+    ways: Sequence[str] = WAYS,
 ) -> list[Measurement]:
-    """Both of its ways on these requests. Raises ConfigError when it cannot run them."""
+    """Its ways on these requests. Raises ConfigError when it cannot run them."""
     prompts = [s.prompt for s in samples]
     if any(isinstance(p, str) for p in prompts):
         raise ConfigError("the transformers backend needs a dataset of token ids, such as random")
@@ -32,11 +38,14 @@ def measure_transformers(
     size = how.hf_max_batch_size
     measured = []
     _padded(model, ids[:2], [2], size)
-    ways: tuple[tuple[str, Callable[[], int]], ...] = (
-        (f"transformers (padded, {size})", lambda: _padded(model, ids, lengths, size)),
-        ("transformers (continuous)", lambda: _continuous(model, ids, lengths)),
-    )
-    for name, generate in ways:
+    known: dict[str, tuple[str, Callable[[], int]]] = {
+        "padded": (
+            f"transformers (padded, {size})",
+            lambda: _padded(model, ids, lengths, size),
+        ),
+        "continuous": ("transformers (continuous)", lambda: _continuous(model, ids, lengths)),
+    }
+    for name, generate in (known[way] for way in ways):
         times, made = [], 0
         for _ in range(how.num_repeats):
             began = time.perf_counter()

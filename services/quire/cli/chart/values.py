@@ -16,6 +16,7 @@ from quire.cli.chart.schema import (
     whole,
 )
 from quire.config.engine import EngineConfig
+from quire.config.fleet import CoordinatorConfig
 from quire.config.gateway import GatewayConfig
 from quire.config.logs import LogConfig
 from quire.config.router import RouterConfig
@@ -33,6 +34,8 @@ GATEWAY_OWN = (
     "host", "port", "uds", "ssl_keyfile", "ssl_certfile", "api_key", "allow_unauthenticated",
     "served_model_name", "shutdown_timeout",
 )  # fmt: skip
+COORDINATOR_OWN = ("fleet", "ray", "ray_cpus", "listen", "state_dir", "http_port")
+IMAGES = ("gateway", "cpu", "nvidia", "coordinator")
 K8S = "As in a Pod's specification."
 
 
@@ -44,12 +47,12 @@ def schema() -> Schema:
     } | block(
         "Values of the Quire chart.",
         **_general(), model=_model(), **_workers(), router=_router(), gateway=_gateway(),
-        **_cluster(), monitoring=_monitoring(), **_safety(),
+        ray=_ray(), **_cluster(), monitoring=_monitoring(), **_safety(),
     )  # fmt: skip
 
 
 def _general() -> dict[str, Schema]:
-    per_image = {name: text(f"For the {name} image.") for name in ("gateway", "cpu", "nvidia")}
+    per_image = {name: text(f"For the {name} image.") for name in IMAGES}
     return {
         "global": free("Helm passes it to charts inside others; not read."),
         "nameOverride": text("In place of the chart's name."),
@@ -127,6 +130,11 @@ def _worker_settings() -> dict[str, Schema]:
         ),
         "env": many("Environment variables of the container.", free(K8S)),
         "drainSeconds": whole("Time for requests in progress when a pod ends.", 1),
+        "workload": text(
+            "What makes the pods. A Deployment takes the idlest first when it scales down, by what "
+            "routers tell Kubernetes; its pods have no names, so it needs discovery kubernetes.",
+            "StatefulSet", "Deployment",
+        ),
         "resources": _resources(),
         "rdma": block(
             "Network cards that write into memory, for kv_transports [nixl, ...].",
@@ -236,6 +244,46 @@ def _routes() -> dict[str, Schema]:
             endpointPickerPort=whole("Its port.", 1),
         ),
     }
+
+
+def _ray() -> Schema:
+    container: dict[str, Schema] = {
+        "env": many("Environment variables of the container.", free(K8S)),
+        "resources": _resources(),
+    }
+    return block(
+        "Worker pods as nodes of a Ray cluster, with a coordinator.",
+        enabled=flag("Deploy the cluster's head with the coordinator; worker pods join it."),
+        kuberay=block(
+            "The KubeRay operator.",
+            enabled=flag("Make a RayCluster in place of StatefulSets."),
+        ),
+        token=block(
+            "Secret that every process of Ray knows.",
+            existingSecret=text("Secret with key ray-token; one is generated otherwise."),
+        ),
+        persistence=block(
+            "Volume of the coordinator's state and, without redis, of Ray's.",
+            existingClaim=text("Claim to use; one is made otherwise."),
+            storageClass=text("Storage class; the cluster's default by default."),
+            size=text("Size."),
+        ),
+        redis=block(
+            "Ray's state in Redis.",
+            address=text("host:port of Redis; RocksDB on the volume if empty."),
+            existingSecret=text("Secret with key redis-password."),
+        ),
+        head=block("Ray's head.", **container),
+        coordinator=block(
+            "The coordinator, beside the head.",
+            options=options(
+                "Options of a fleet file's coordinator, as in docs/coordinator.md.",
+                CoordinatorConfig, except_for=COORDINATOR_OWN,
+            ),
+            **container,
+        ),
+        **_placement(),
+    )  # fmt: skip
 
 
 def _cluster() -> dict[str, Schema]:

@@ -10,12 +10,11 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from quire.engine.models.errors import UnsupportedModel
+from quire.engine.quantization.config import Quantization, parse_quantization
+
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-class UnsupportedModel(ValueError):
-    """The checkpoint asks for something this engine does not compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +51,8 @@ class ModelConfig:
     """Sliding window of each layer, None for full attention."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    quantization: Quantization | None = None
+    """How linear layers are quantized; None for floats."""
 
 
 NATIVE = {
@@ -92,8 +93,6 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
     if architecture not in NATIVE:
         known = ", ".join(sorted(NATIVE))
         raise UnsupportedModel(f"architecture {architecture} is not supported; supported: {known}")
-    if raw.get("quantization_config"):
-        raise UnsupportedModel("quantized checkpoints are not supported yet")
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel(f"activation {raw['hidden_act']!r} is not supported")
     if raw.get("mlp_bias", False):
@@ -130,6 +129,7 @@ def _build(architecture: str, raw: dict[str, Any], generation: dict[str, Any]) -
         windows=_windows(raw, family),
         eos_token_ids=tuple([eos] if isinstance(eos, int) else eos or ()),
         bos_token_id=raw.get("bos_token_id"),
+        quantization=parse_quantization(raw),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from quire.engine.models.partition import WHOLE, Partition
 from quire.engine.models.rope import build_rope
+from quire.engine.quantization.matrices import Matrices
 from quire.kernels.ops import AttentionShape
 
 if TYPE_CHECKING:
@@ -52,15 +53,13 @@ class Llama:
         self.config = config
         self.eps = config.norm_eps
         self.rope: Rope = build_rope(config.rope, max_positions)
-        loader = _Loader(config, ops, weights, Partition.of(config, shard))
-        self.embedding = loader.table("model.embed_tokens.weight")
+        matrices = Matrices(weights, config.quantization)
+        loader = _Loader(config, ops, weights, matrices, Partition.of(config, shard))
+        table = weights.take("model.embed_tokens.weight", loader.part.vocabulary)
+        self.embedding = ops.pack_embedding(table, config.vocab_size)
         self.layers = [loader.layer(i) for i in range(config.num_layers)]
         self.norm = weights.take("model.norm.weight")
-        if config.tie_embeddings:
-            self.head = self.embedding
-            weights.ignore("lm_head.weight")
-        else:
-            self.head = loader.table("lm_head.weight")
+        self.head = loader.head(self.embedding, table)
 
     def forward(self, ops: Ops) -> Value:
         """Logits [R, V] of the step that `ops` holds."""
@@ -85,11 +84,18 @@ class _Loader:
     config: ModelConfig
     ops: Ops
     weights: Weights
+    matrices: Matrices
     part: Partition
 
-    def table(self, name: str) -> Linear:
-        rows = self.weights.take(name, self.part.vocabulary)
-        return self.ops.pack_embedding(rows, self.config.vocab_size)
+    def head(self, embedding: Linear, table: torch.Tensor) -> Linear:
+        """What gives logits: the packed embedding of `table` itself, when tied and in floats."""
+        tied = table if self.config.tie_embeddings else None
+        matrix = self.matrices.head(tied, self.part.vocabulary)
+        if tied is not None:
+            self.weights.ignore("lm_head.weight")
+        if matrix is tied:
+            return embedding
+        return self.ops.pack_head(matrix, self.config.vocab_size)
 
     def layer(self, index: int) -> Layer:
         config, weights = self.config, self.weights
@@ -101,7 +107,7 @@ class _Loader:
             k_norm = weights.take(f"{attention}.k_norm.weight")
             norms = (q_norm, k_norm, config.norm_eps)
         gate, up = (
-            weights.take(f"{mlp}.{name}_proj.weight", self.part.inner) for name in ("gate", "up")
+            self.matrices.take(f"{mlp}.{name}_proj", self.part.inner) for name in ("gate", "up")
         )
         return Layer(
             index=index,
@@ -127,13 +133,13 @@ class _Loader:
         names = [(f"{attention}.{name}_proj", rows) for name, rows in parts.items()]
         take, has_bias = self.weights.take, self.config.qkv_bias
         return self.ops.pack_linear(
-            [take(f"{name}.weight", rows) for name, rows in names],
+            [self.matrices.take(name, rows) for name, rows in names],
             [take(f"{name}.bias", rows) if has_bias else None for name, rows in names],
         )
 
     def _summed(self, name: str, columns: range, has_bias: bool) -> Linear:
         """A matrix whose products are summed over ranks, so that the bias is one rank's to add."""
-        weight = self.weights.take(f"{name}.weight", None, columns)
+        weight = self.matrices.take(name, None, columns)
         bias = self.weights.take(f"{name}.bias") if has_bias else None
         return self.ops.pack_linear([weight], [None if self.part.shard.rank else bias])
 

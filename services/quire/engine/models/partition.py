@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from quire.engine.models.config import ModelConfig
 
 WHOLE = Shard()
+WORD = 8
+"""Columns that a packed word of a quantized checkpoint holds, at most."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,20 @@ def check_degree(config: ModelConfig, degree: int) -> None:
     shown = ", ".join(map(str, fitting))
     raise ValueError(
         f"tensor_parallel_size={degree} does not fit this model: its {config.num_heads} attention "
-        f"heads, {config.num_kv_heads} KV heads and {config.intermediate_size} MLP columns can be "
-        f"split over {shown} ranks: give --tensor-parallel-size one of these"
+        f"heads, {config.num_kv_heads} KV heads and {config.intermediate_size} MLP columns"
+        f"{_groups(config)} can be split over {shown} ranks: give --tensor-parallel-size one of "
+        "these"
     )
+
+
+def _groups(config: ModelConfig) -> str:
+    """What quantization adds to the message."""
+    if config.quantization is None:
+        return ""
+    if any(each.permutes for each in config.quantization.formats):
+        return ", whose quantized columns are permuted (desc_act),"
+    sizes = sorted({each.group_size for each in config.quantization.formats if each.group_size})
+    return f", quantized in groups of {' and '.join(map(str, sizes))} columns," if sizes else ""
 
 
 def _fits(config: ModelConfig, degree: int) -> bool:
@@ -67,4 +80,20 @@ def _fits(config: ModelConfig, degree: int) -> bool:
     if heads % degree or (kv_heads % degree and degree % kv_heads):
         return False
     sizes = (config.intermediate_size, config.vocab_size)
-    return all(part_of(size, degree - 1, degree) for size in sizes)
+    return all(part_of(size, degree - 1, degree) for size in sizes) and _whole_groups(
+        config, degree
+    )
+
+
+def _whole_groups(config: ModelConfig, degree: int) -> bool:
+    """Where matrices are cut by columns (o, down), no group of quantized columns is."""
+    if degree == 1 or config.quantization is None:
+        return True
+    cuts = (
+        config.num_heads // degree * config.head_dim,
+        len(part_of(config.intermediate_size, 0, degree)),
+    )
+    return not any(
+        each.permutes or any(cut % (each.group_size or WORD) for cut in cuts)
+        for each in config.quantization.formats
+    )

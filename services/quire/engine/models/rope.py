@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from quire.engine.models.config import UnsupportedModel
+from quire.engine.models.errors import UnsupportedModel
 from quire.kernels.ops import Rope
 
 if TYPE_CHECKING:
@@ -21,11 +22,22 @@ if TYPE_CHECKING:
 def build_rope(config: RopeConfig, num_positions: int) -> Rope:
     """cos and sin tables [num_positions, rotary_dim / 2] float32.
 
+    Every worker gets the same bits. They do not come from torch: its first large cos or sin in a
+    process may come out right to half the digits in one thread's share, where MKL chooses its
+    kernels while several threads call them (pytorch issue 188792, on Intel processors).
+
     Raises UnsupportedModel for a scaling rule not known here.
     """
     inverse, scale = _inverse_frequencies(config)
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inverse.float()[None]
-    return Rope(cos=angles.cos() * scale, sin=angles.sin() * scale)
+    return Rope(cos=_rounded(np.cos, angles) * scale, sin=_rounded(np.sin, angles) * scale)
+
+
+def _rounded(function: np.ufunc, angles: torch.Tensor) -> torch.Tensor:
+    """In double precision, rounded once: float32, like `angles`."""
+    table = np.empty(angles.shape, np.float32)
+    function(angles.numpy(), out=table, dtype=np.float64, casting="same_kind")
+    return torch.from_numpy(table)
 
 
 def _inverse_frequencies(config: RopeConfig) -> tuple[torch.Tensor, float]:

@@ -19,17 +19,22 @@ SAMPLE_BYTES = 4096
 SAMPLES_PER_FILE = 64
 
 
-def fingerprint(folder: Path, dtype: str) -> bytes:
+def fingerprint(
+    folder: Path, dtype: str, quantization: str, dummy_seed: int | None = None
+) -> bytes:
     """16 bytes that name the model for the block hashes: equal on every host with the same files.
 
     Covers config.json, every weight file's name, size and header, evenly spaced samples of its
-    data, and the compute dtype. Reading all weights would take seconds per model for no use:
-    checkpoints that differ, differ everywhere.
+    data, the compute dtype and how weights are quantized while they load. Reading all weights would
+    take seconds per model for no use: checkpoints that differ, differ everywhere. Random weights
+    are named by their seed instead.
     """
+    paths = weight_files(folder) if dummy_seed is None else []
     state = blake2b(digest_size=16)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    state.update(json.dumps([config, dtype], sort_keys=True).encode())
-    for path in weight_files(folder):
+    named = [config, dtype, quantization, dummy_seed]
+    state.update(json.dumps(named, sort_keys=True).encode())
+    for path in paths:
         size = path.stat().st_size
         state.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:

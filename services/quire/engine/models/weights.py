@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quire.engine.models.config import UnsupportedModel, read_json
+from quire.engine.models.config import read_json
+from quire.engine.models.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,11 +88,17 @@ class SafetensorsWeights:
         self._files.pop(name, None)
 
     def finish(self) -> None:
-        """Raise ValueError unless every tensor was taken or ignored."""
-        left = [name for name in self._files if not name.endswith(IGNORED_SUFFIXES)]
+        """Raise ValueError unless every tensor was taken or ignored, or adds nothing."""
+        left = [name for name in self._files if not self._is_idle(name)]
         if left:
             shown = ", ".join(sorted(left)[:3])
             raise ValueError(f"{len(left)} tensors of the checkpoint were not used: {shown} …")
+
+    def _is_idle(self, name: str) -> bool:
+        """The model is the same without the tensor: GPTQ writers store biases of zeros."""
+        if name.endswith(IGNORED_SUFFIXES):
+            return True
+        return name.endswith(".bias") and not self._files[name].get_tensor(name).any()
 
 
 class DummyWeights:

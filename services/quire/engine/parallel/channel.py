@@ -1,12 +1,20 @@
 """The connection between rank 0 and another rank: what to do one way, signs of life the other.
 
-    rank r ── HELLO {token, rank} ──▶ rank 0
+    rank r ── HELLO {rank} ⇄ PROOF ──▶ rank 0    see `greeting`
            ◀─ WELCOME {store_port} ──
            ── BEAT, every BEAT_S ───▶
-           ── FAILED {message} ─────▶          and the rank ends
-           ◀─ STEP plan ────────────           again and again
-           ◀─ KV verb, event ──────▶           see `kv`
-           ◀─ end of stream ────────           the rank ends
+           ── FAILED {message} ─────▶            and the rank ends
+           ◀─ STEP plan ────────────             again and again
+           ◀─ CALL verb, answer ────▶            see `calls`
+           ◀─ end of stream ────────             the rank ends
+
+Another host's process (`node`) has one as well:
+
+    node n ── HELLO {node} ⇄ PROOF ──▶ rank 0
+           ◀─ START {options} ──────             and it starts that host's ranks
+           ── BEAT, every BEAT_S ───▶
+           ── ENDED {rank, how} ────▶            one has; the node ends the others, and itself
+           ◀─ end of stream ────────             the same
 
 A message is its kind (1 byte), its length (4 bytes, little-endian) and as many bytes. Steps do not
 go through a collective: an idle engine waits for the next one without a time limit, their length
@@ -17,11 +25,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
 import struct
 import threading
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from quire.cluster.tls import TlsStream
+
+if TYPE_CHECKING:
+    import ssl
 
 BEAT_S = 0.5
 SILENCE_S = 5.0
@@ -40,21 +54,54 @@ class Kind(IntEnum):
     BEAT = 3
     FAILED = 4
     STEP = 5
-    KV = 6
+    CALL = 6
+    PROOF = 7
+    START = 8
+    ENDED = 9
 
 
 class Channel:
-    """Messages over a stream socket. One thread may receive; any may send."""
+    """Messages over a stream socket, encrypted if it was made so. One thread may receive; any may
+    send."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, tls: TlsStream | None = None) -> None:
+        self._sock, self._tls = sock, tls
+        self._stream = tls or sock
+        self._peer = str(sock.getpeername()[0])
         self._sending = threading.Lock()
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHABLE_S * 1000)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, UNREACHABLE_S // 2)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+
+    @classmethod
+    def over(
+        cls, sock: socket.socket, context: ssl.SSLContext | None, *, is_dialler: bool
+    ) -> Channel:
+        """With TLS where there is a context. Raises OSError when the handshake fails; the socket is
+        closed then."""
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHABLE_S * 1000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, UNREACHABLE_S // 2)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        try:
+            tls = None if context is None else TlsStream(sock, context, server=not is_dialler)
+            return cls(sock, tls)
+        except OSError:
+            sock.close()
+            raise
+
+    @property
+    def has_pending(self) -> bool:
+        """A message, or its beginning, has been taken from the socket already."""
+        return self._tls is not None and self._tls.has_pending
+
+    @property
+    def host(self) -> str:
+        """This side's address."""
+        return str(self._sock.getsockname()[0])
+
+    @property
+    def peer(self) -> str:
+        """The other side's address."""
+        return self._peer
 
     def fileno(self) -> int:
         """Of the socket, for waiting on it."""
@@ -63,7 +110,7 @@ class Channel:
     def send(self, kind: Kind, payload: bytes = b"") -> None:
         """Send one message. Raises OSError when the other side is gone."""
         with self._sending:
-            self._sock.sendall(_HEADER.pack(kind, len(payload)) + payload)
+            self._stream.sendall(_HEADER.pack(kind, len(payload)) + payload)
 
     def send_json(self, kind: Kind, value: dict[str, Any]) -> None:
         """Send one message whose payload is an object."""
@@ -79,7 +126,11 @@ class Channel:
 
     def receive_json(self, wanted: Kind, max_bytes: int = 4096) -> dict[str, Any]:
         """The next message, which must be an object of this kind. Raises as `receive` does."""
-        kind, payload = self.receive(max_bytes)
+        return self.parse(*self.receive(max_bytes), wanted)
+
+    @staticmethod
+    def parse(kind: Kind, payload: bytes, wanted: Kind) -> dict[str, Any]:
+        """The object in a message that must be of this kind. Raises ValueError."""
         value = json.loads(payload) if kind is wanted else None
         if not isinstance(value, dict):
             raise ValueError(f"expected {wanted.name}, not {kind.name}")
@@ -88,6 +139,12 @@ class Channel:
     def set_timeout(self, seconds: float | None) -> None:
         """How long sending and receiving may wait; None for ever."""
         self._sock.settimeout(seconds)
+
+    def is_over(self, within_s: float = 0.0) -> bool:
+        """The other side has ended the stream, or does so in time. Any thread."""
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(within_s * 1000))
 
     def close(self) -> None:
         """End the stream, also for a thread that waits on it."""
@@ -99,7 +156,7 @@ class Channel:
         data = bytearray(count)
         view = memoryview(data)
         while view:
-            received = self._sock.recv_into(view)
+            received = self._stream.recv_into(view)
             if not received:
                 raise EOFError("the other side closed the connection")
             view = view[received:]

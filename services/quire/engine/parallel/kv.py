@@ -2,35 +2,34 @@
 
     rank 0  ── {"verb": "grant", "ref": […], "args": […]} ──▶  rank r    a verb of `Endpoint`
             ◀─ {"event": ["delivered", …], "ref": […]} ──────            what came of it
-            ── {"verb": "start" | "fence", "call": n, …} ────▶            answered by
-            ◀─ {"call": n, "result": … | "error": "…"} ──────
 
-Verbs are carried out while a step runs: a step that rank 0 has finished has written and read its
-last block on every rank, because its last exchange comes after the last attention.
+`start` and `fence` are answered; see `calls`. Verbs are carried out while a step runs: a step that
+rank 0 has finished (`Backend.finish`) has written and read its last block on every rank, because
+its last exchange comes after the last attention.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from concurrent.futures import Future
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from quire.config.address import ANY_HOST
 from quire.config.base import from_mapping, to_mapping
 from quire.config.transfer import TransferConfig
+from quire.engine.parallel.calls import answer_to
 from quire.proto import transfer_pb2
 from quire.transfer.endpoint import START_TIMEOUT_S, Endpoint
 from quire.transfer.group import identity_of
 from quire.transfer.layout import BlockLayout, Shard
-from quire.transfer.memory import PoolMemory
 from quire.transfer.negotiate import Identity, Peer
 from quire.transfer.state import Commit, Delivered, Ended, Failure, Released, TransferRef
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from quire.engine.parallel.gang import Gang
+    from quire.engine.parallel.calls import Calls
     from quire.engine.runner.backend import Backend
     from quire.transfer.group import Leg
     from quire.transfer.state import Event
@@ -39,29 +38,24 @@ if TYPE_CHECKING:
 class GangRanks:
     """The endpoints of the other ranks, for rank 0's. See `quire.transfer.group.Ranks`."""
 
-    def __init__(self, gang: Gang) -> None:
-        self._gang = gang
-        self._numbers = itertools.count()
-        self._calls: dict[int, Future[Any]] = {}
-        self._on_event: Callable[[int, Event], None] | None = None
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
 
     def start(
         self, config: TransferConfig, identity: Identity, on_event: Callable[[int, Event], None]
     ) -> tuple[Peer, ...]:
         """Have every rank listen; how each is reached. Raises OSError when one cannot."""
-        self._on_event = on_event
-        self._gang.hear(self._hear)
-        ranks = range(1, identity.shard.degree)
-        calls = [
-            self._call(
+        self._calls.on_event = lambda rank, message: on_event(rank, _event(message))
+        asked = [
+            self._calls.ask(
                 rank,
                 "start",
-                config=to_mapping(config_of(config, rank)),
+                config=to_mapping(config),
                 identity=asdict(identity_of(identity, rank)),
             )
-            for rank in ranks
+            for rank in range(1, identity.shard.degree)
         ]
-        return tuple(_peer(call.result(START_TIMEOUT_S)) for call in calls)
+        return tuple(_peer(answer.result(START_TIMEOUT_S)) for answer in asked)
 
     def expect(self, leg: Leg, num_blocks: int, degree: int | None, lease_s: float) -> None:
         """See `Endpoint.expect`."""
@@ -93,85 +87,60 @@ class GangRanks:
 
     def fence(self, leg: Leg, timeout_s: float) -> None:
         """See `Endpoint.fence`. Raises TimeoutError."""
-        self._call(leg[0], "fence", ref=leg[1], timeout_s=timeout_s).result(timeout_s)
+        self._calls.ask(leg[0], "fence", ref=leg[1], timeout_s=timeout_s).result(timeout_s)
 
     def _tell(self, leg: Leg, verb: str, *args: object) -> None:
-        self._say(leg[0], {"verb": verb, "ref": leg[1], "args": args})
-
-    def _call(self, rank: int, verb: str, **args: object) -> Future[Any]:
-        number = next(self._numbers)
-        self._calls[number] = Future()
-        self._say(rank, {"verb": verb, "call": number, **args})
-        return self._calls[number]
-
-    def _say(self, rank: int, message: dict[str, object]) -> None:
-        self._gang.tell(rank, json.dumps(message).encode())
-
-    def _hear(self, rank: int, payload: bytes) -> None:
-        """On the gang's thread."""
-        message = json.loads(payload)
-        if "event" in message:
-            if self._on_event is not None:
-                self._on_event(rank, _event(message))
-        elif (call := self._calls.pop(message["call"], None)) is not None:
-            if "error" in message:
-                call.set_exception(OSError(message["error"]))
-            else:
-                call.set_result(message["result"])
+        self._calls.tell(leg[0], verb, ref=leg[1], args=args)
 
 
 class RankEndpoint:
-    """A rank's endpoint, led by rank 0. `answer` sends to rank 0, from any thread."""
+    """A rank's endpoint, led by rank 0; see `duties` for the arguments."""
 
-    def __init__(self, backend: Backend, answer: Callable[[bytes], None]) -> None:
-        self._backend = backend
-        self._answer = answer
+    def __init__(
+        self, backend: Backend, answer: Callable[[bytes], None], own_host: str | None = None
+    ) -> None:
+        self._backend, self._answer, self._own_host = backend, answer, own_host
         self._endpoint: Endpoint | None = None
 
-    def obey(self, payload: bytes) -> None:
+    def obey(self, message: dict[str, Any]) -> None:
         """Carry out one verb. Raises ValueError for what is none."""
-        message = json.loads(payload)
-        verb, call = message["verb"], message.get("call")
+        verb = message["verb"]
         if verb == "start":
-            self._reply(call, lambda: self._start(message["config"], message["identity"]))
+            start = partial(self._start, message["config"], message["identity"])
+            self._answer(answer_to(message["call"], start))
             return
         ref = TransferRef(*message["ref"])
         if self._endpoint is None:
             raise ValueError(f"{verb} before start")
         if verb == "fence":
-            endpoint, timeout_s = self._endpoint, message["timeout_s"]
-            self._reply(call, lambda: endpoint.fence(ref, timeout_s))
+            fence = partial(self._endpoint.fence, ref, message["timeout_s"])
+            self._answer(answer_to(message["call"], fence))
         else:
             _carry_out(self._endpoint, verb, ref, message["args"])
 
     def _start(self, config: dict[str, Any], identity: dict[str, Any]) -> str:
-        parts = {"layout": BlockLayout(**identity["layout"]), "shard": Shard(**identity["shard"])}
-        pool = self._backend.host_pool()
-        if pool is None:
-            raise OSError("KV blocks can be exchanged only from host memory so far")
+        layout, shard = BlockLayout(**identity["layout"]), Shard(**identity["shard"])
+        options = config_of(from_mapping(TransferConfig, config), shard.rank, self._own_host)
         self._endpoint = Endpoint(
-            from_mapping(TransferConfig, config),
-            Identity(**identity | parts),
-            PoolMemory(pool, self._backend.layout.block_bytes),
+            options,
+            Identity(**identity | {"layout": layout, "shard": shard}),
+            self._backend.kv_memory(options.kv_staging_bytes),
             self._tell,
         )
         return self._endpoint.start().to_proto().SerializeToString().hex()
-
-    def _reply(self, call: int, action: Callable[[], object]) -> None:
-        try:
-            message: dict[str, object] = {"call": call, "result": action()}
-        except (OSError, ValueError) as error:  # TimeoutError is one
-            message = {"call": call, "error": str(error) or type(error).__name__}
-        self._answer(json.dumps(message).encode())
 
     def _tell(self, event: Event) -> None:
         self._answer(json.dumps({"ref": event.ref, "event": _words(event)}).encode())
 
 
-def config_of(config: TransferConfig, rank: int) -> TransferConfig:
-    """The options of one rank on rank 0's host: fixed ports count up from rank 0's."""
+def config_of(config: TransferConfig, rank: int, own_host: str | None) -> TransferConfig:
+    """The options of one rank, from rank 0's: fixed ports count up, on another host the address is
+    that host's."""
+    listens = config.kv_host if own_host is None or config.kv_host in ANY_HOST else own_host
     return replace(
         config,
+        kv_host=listens,
+        kv_advertised_host=own_host or config.kv_advertised_host,
         kv_tcp_port=config.kv_tcp_port and config.kv_tcp_port + rank,
         kv_grpc_port=config.kv_grpc_port and config.kv_grpc_port + rank,
     )

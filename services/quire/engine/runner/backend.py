@@ -12,14 +12,18 @@ import numpy as np
 import torch
 
 from quire.engine.runner.memory import available_host_bytes
+from quire.engine.runner.pool_copies import PoolCopies
 from quire.engine.scheduler.plan import LogprobArrays
 from quire.kernels import torch_sampler
 from quire.kernels.cpu import KV_ORDERS, CpuOps, StepLimits, Team, alloc_pool
 from quire.kernels.cpu.sampler import CpuSampler
 from quire.kernels.group import ALONE
 from quire.kernels.layout import KvLayout, KvOrder
+from quire.kernels.staging import Fetch
 from quire.kernels.torch_ops import TorchOps
 from quire.transfer.layout import Shard, heads_of
+from quire.transfer.memory import HostMemory
+from quire.transfer.staging import StagedMemory
 
 if TYPE_CHECKING:
     from quire.engine.models.config import ModelConfig
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from quire.kernels.group import Group
     from quire.kernels.ops import Ops, StepInputs
     from quire.kernels.sampling import SamplingBatch
+    from quire.transfer.memory import PoolMemory
 
 Logits = Any
 """[R, V] float32, in the backend's own array type; valid until the next step."""
@@ -55,11 +60,19 @@ class Backend(Protocol):
     def host_pool(self) -> np.ndarray | None:
         """The pool as uint8 [num_blocks, block_bytes] when it lies in host memory, not copied."""
 
+    def kv_memory(self, staging_bytes: int) -> PoolMemory:
+        """The pool for KV transfer: itself where it lies in host memory, else by way of at most
+        `staging_bytes` of pinned host memory. Raises ValueError when that is too little."""
+
     def copy_blocks(self, pairs: np.ndarray) -> None:
         """Copy whole blocks; pairs [C, 2] int32 of (source, destination), in order."""
 
     def compute(self, inputs: StepInputs) -> Logits:
-        """Run the model on a step."""
+        """Run the model on a step. On a device it may still run afterwards: see `finish`."""
+
+    def finish(self) -> None:
+        """Return when the step is complete. What is said of its blocks holds from then on: a block
+        that it wrote can be sent, one that it used last can be given away and received into."""
 
     def progress(self) -> float:
         """Changes while `compute` gets on within a step, where that can be seen. Any thread."""
@@ -108,9 +121,15 @@ class CpuBackend:
         self._program = self.ops.finish(model.forward(self.ops), self._pool)
         self._program.start_profile()  # two looks at the clock per operation buy `progress`
 
-    def host_pool(self) -> np.ndarray | None:
-        """The pool itself."""
+    def host_pool(self) -> np.ndarray:
+        """The pool itself. Raises RuntimeError before `allocate`."""
+        if self._pool is None:
+            raise RuntimeError("allocate comes first")
         return self._pool
+
+    def kv_memory(self, staging_bytes: int) -> PoolMemory:
+        """The pool itself."""
+        return HostMemory(self.host_pool(), self.layout.block_bytes)
 
     @property
     def program(self) -> Program:
@@ -126,6 +145,9 @@ class CpuBackend:
     def compute(self, inputs: StepInputs) -> np.ndarray:
         """Replay the step."""
         return self.program.run(inputs)
+
+    def finish(self) -> None:
+        """It is complete."""
 
     def progress(self) -> float:
         """Changes with every operation of a step."""
@@ -157,13 +179,19 @@ class TorchBackend:
         self.layout = kv_layout(model, dtype, KvOrder.PLAIN, group)
         self.device = torch.device(device)
         self.device_type = self.device.type
+        if self.device_type == "cuda":
+            torch.cuda.set_device(self.device)  # kernels and events go where this thread points
         self.ops = TorchOps(self.layout, 1, device, group=group)
+        self._fetch = Fetch(self.device)
         self._model: Llama | None = None
 
     def allocate(self, model: Llama, num_blocks: int) -> None:
         """Give the backend a zeroed pool."""
         self._model = model
         del self.ops.pool  # before the new one is made
+        if self.device_type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
         shape = (num_blocks, *self.layout.block_shape)
         self.ops.pool = torch.zeros(shape, dtype=self.ops.dtype, device=self.device)
 
@@ -173,6 +201,13 @@ class TorchBackend:
             return None
         pool: np.ndarray = self.ops.pool.flatten(1).view(torch.uint8).numpy()
         return pool
+
+    def kv_memory(self, staging_bytes: int) -> PoolMemory:
+        """The pool on a CPU, else places in pinned memory."""
+        pool = self.host_pool()
+        if pool is not None:
+            return HostMemory(pool, self.layout.block_bytes)
+        return StagedMemory(PoolCopies(self.ops.pool, staging_bytes))
 
     def copy_blocks(self, pairs: np.ndarray) -> None:
         """Copy whole blocks."""
@@ -187,6 +222,11 @@ class TorchBackend:
         logits: torch.Tensor = self._model.forward(self.ops)
         return logits
 
+    def finish(self) -> None:
+        """Wait for the stream that steps run on."""
+        if self.device_type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def progress(self) -> float:
         """Nothing can be seen within a step."""
         return 0.0
@@ -194,9 +234,9 @@ class TorchBackend:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:
         """Draw tokens: [N] int32, and [N] bool for draws without a finite logit."""
-        invalid = torch.zeros(len(batch.rows), dtype=torch.bool, device=logits.device)
-        tokens = torch_sampler.sample(logits, batch, invalid)
-        return tokens.cpu().numpy(), invalid.cpu().numpy()
+        drawn = self.ops.kernels.sample(logits, batch, self.ops.staging)
+        tokens, invalid = self._fetch(drawn)
+        return tokens, invalid.astype(np.bool_)
 
     @torch.inference_mode()
     def logprobs(
@@ -209,9 +249,11 @@ class TorchBackend:
     def memory_bytes(self) -> tuple[int, int]:
         """(available, total) memory of the device."""
         if self.device_type == "cuda":
+            peak = torch.cuda.max_memory_reserved(self.device)
             torch.cuda.empty_cache()
             available, total = torch.cuda.mem_get_info(self.device)
-            return available, total
+            # what the largest step so far needed for a while, it will need again
+            return available - (peak - torch.cuda.memory_reserved(self.device)), total
         available = available_host_bytes()
         return available, available
 

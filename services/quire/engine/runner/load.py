@@ -16,9 +16,11 @@ from quire.engine.models.llama import Llama, weight_shapes
 from quire.engine.models.partition import check_degree
 from quire.engine.models.source import CHECKPOINT_FILES, fingerprint
 from quire.engine.models.weights import DummyWeights, SafetensorsWeights
+from quire.engine.quantization.config import choose
 from quire.engine.request import BLOCK_SIZE
 from quire.engine.runner import memory
 from quire.engine.runner.backend import Backend, CpuBackend, StepLimits, TorchBackend
+from quire.engine.runner.cuda import CudaBackend
 from quire.engine.runner.runner import ModelRunner, largest_step
 from quire.kernels.cpu import CpuKernelsUnavailable
 from quire.kernels.group import ALONE
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from quire.config.engine import EngineConfig
     from quire.engine.parallel.gang import Gang
+    from quire.engine.parallel.spread import Spread
     from quire.kernels.group import Group
 
 logger = logging.getLogger(__name__)
@@ -95,6 +98,11 @@ class ModelChoice:
     max_model_len: int
     limits: StepLimits
 
+    def fingerprint(self) -> bytes:
+        """Of the files, or of the random weights: equal on every host that has the same."""
+        dummy_seed = self.options.seed if self.options.load_format == "dummy" else None
+        return fingerprint(self.folder, self.dtype, _method(self.config), dummy_seed)
+
 
 @dataclass(frozen=True)
 class LoadedRank:
@@ -104,8 +112,9 @@ class LoadedRank:
     device: str
 
 
-def load_model(config: EngineConfig, report: Report) -> LoadedModel:
+def load_model(config: EngineConfig, report: Report, spread: Spread | None = None) -> LoadedModel:
     """Load the model that `config` names; with tensor parallelism, start the other ranks first.
+    `spread`: over other hosts than this one too.
 
     Raises ValueError (and its kinds ModelNotFound, UnsupportedModel, KvCacheTooSmall) with one
     line that says what to change, RankFailed (a RuntimeError) when another rank is lost.
@@ -115,13 +124,14 @@ def load_model(config: EngineConfig, report: Report) -> LoadedModel:
     if config.tensor_parallel_size == 1:
         return loaded_model(choice, load_rank(choice, Place(), report))
     from quire.engine.parallel.gang import Gang
+    from quire.engine.parallel.gathering import Plan
     from quire.engine.parallel.runner import ParallelRunner
 
-    size = config.tensor_parallel_size
-    report(Startup("ranks", f"{size} processes"))
-    gang = Gang.start(replace(config, model=str(choice.folder)))
+    size, nodes = config.tensor_parallel_size, spread.nodes if spread is not None else 1
+    report(Startup("ranks", f"{size} processes" + (f" on {nodes} hosts" if nodes > 1 else "")))
+    gang = Gang.start(Plan(config, choice.folder, choice.fingerprint().hex()), spread)
     try:
-        rank = load_rank(choice, Place(gang.join(), 0, size), report)
+        rank = load_rank(choice, Place(gang.join(), 0, size // nodes), report)
         gang.loaded()
     except Exception as error:
         gang.give_up(error)
@@ -136,7 +146,7 @@ def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
         config=choice.config,
         runner=rank.runner,
         folder=choice.folder,
-        fingerprint=fingerprint(choice.folder, choice.dtype),
+        fingerprint=choice.fingerprint(),
         max_model_len=choice.max_model_len,
         dtype=choice.dtype,
         device=rank.device,
@@ -146,11 +156,23 @@ def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
 def find_model(config: EngineConfig) -> ModelChoice:
     """Resolve the model's files and check the options against it. Raises ValueError."""
     folder = locate(config.model, config.revision, CHECKPOINT_FILES)
-    model = read_config(folder)
+    model = _quantized(config, read_config(folder))
     check_degree(model, config.tensor_parallel_size)
     max_model_len = _max_model_len(config, model)
     limits = _limits(config, max_model_len)
     return ModelChoice(config, folder, model, _dtype(config, model), max_model_len, limits)
+
+
+def _quantized(config: EngineConfig, model: ModelConfig) -> ModelConfig:
+    """The model as --quantization and --load-format want its weights. Raises ValueError."""
+    chosen = choose(config.quantization, model.quantization)
+    if chosen is not None and config.load_format == "dummy":
+        chosen = chosen.as_rounded()
+    return replace(model, quantization=chosen)
+
+
+def _method(model: ModelConfig) -> str:
+    return "none" if model.quantization is None else model.quantization.method
 
 
 def load_rank(choice: ModelChoice, place: Place, report: Report) -> LoadedRank:
@@ -223,8 +245,10 @@ def _limits(config: EngineConfig, max_model_len: int) -> StepLimits:
 
 
 def _backend(choice: ModelChoice, place: Place, device: str) -> Backend:
-    """The compiled kernels on a CPU, unless they are missing or single operations are asked for."""
+    """Recorded steps, unless single operations are asked for or the CPU's kernels are missing."""
     config, model, dtype = choice.options, choice.config, choice.dtype
+    if device != "cpu" and not config.enforce_eager:
+        return CudaBackend(model, dtype, device, choice.limits, place.group)
     num_threads = _num_threads(config, place)
     if device == "cpu" and not config.enforce_eager:
         try:
@@ -238,10 +262,11 @@ def _backend(choice: ModelChoice, place: Place, device: str) -> Backend:
 
 def _num_threads(config: EngineConfig, place: Place) -> int | None:
     """This rank's share of the threads; None for one per CPU."""
+    if config.num_threads is not None:
+        return max(1, config.num_threads // place.group.size)
     if place.local_size == 1:
-        return config.num_threads
-    threads = config.num_threads or len(os.sched_getaffinity(0))
-    return max(1, threads // place.local_size)
+        return None
+    return max(1, len(os.sched_getaffinity(0)) // place.local_size)
 
 
 def _load_weights(choice: ModelChoice, place: Place, backend: Backend, report: Report) -> Llama:

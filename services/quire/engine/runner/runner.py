@@ -29,6 +29,7 @@ class ModelRunner:
         drawn, invalid = np.empty(0, np.int32), np.empty(0, np.bool_)
         if len(plan.sampling.rows):
             drawn, invalid = self.backend.sample(logits, plan.sampling)
+        self.backend.finish()
         return StepResult(
             token_ids=drawn,
             invalid=invalid,

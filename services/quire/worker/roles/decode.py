@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from quire.engine.scheduler.remote import PrefillNeeded
     from quire.transfer.endpoint import Endpoint
     from quire.transfer.negotiate import Peer
-    from quire.transfer.state import Event, TransferRef
+    from quire.transfer.state import Commit, Event, TransferRef
     from quire.worker.roles.peers import Peers
 
 logger = logging.getLogger(__name__)
@@ -118,16 +118,15 @@ class DecodeRole:
         elif isinstance(event, Ended):
             self._drop(prompt)
             prompt.course.ended = time.monotonic()
-            if event.failure is not None or event.commit is None:
+            prompt.course.first = first = _first_tokens(prompt, event.commit)
+            if first is None:
+                why = f"{event.failure} {event.detail}" if event.failure else "of another prompt"
                 logger.warning(
-                    "prefill of %s by %s failed (%s %s): computing the rest here",
-                    prompt.submit.request_id, prompt.submit.prefill.worker, event.failure,
-                    event.detail,
+                    "prefill of %s by %s failed (%s): computing the rest here",
+                    prompt.submit.request_id, prompt.submit.prefill.worker, why,
                 )  # fmt: skip
                 self._fall_back(prompt)
             else:
-                first = worker_pb2.FirstTokens.FromString(event.commit.meta)
-                prompt.course.first = first
                 self._loop.complete_remote(prompt.request_id, convert.drawn_from(first))
 
     def fence(self, prompt: Prompt) -> None:
@@ -186,9 +185,13 @@ class DecodeRole:
         prompt.num_bound += count
 
         def bind(engine: Engine) -> None:
+            assert prompt.ref is not None
             slots = engine.scheduler.remote.bind(prompt.request_id, count)
-            if slots and prompt.ref is not None:
+            if slots:
                 self._endpoint.grant(prompt.ref, first, slots)
+            else:
+                # It ended before there was a transfer to fence: nobody else would end this one.
+                self._endpoint.cancel(prompt.ref)
 
         self._loop.call(bind)
 
@@ -215,3 +218,11 @@ class DecodeRole:
             self._prompts.pop(prompt.ref, None)
         if prompt.task is not None:
             prompt.task.cancel()
+
+
+def _first_tokens(prompt: Prompt, commit: Commit | None) -> worker_pb2.FirstTokens | None:
+    """What came with a commit; None unless it is of the whole prompt, with a token per choice."""
+    if commit is None or commit.blocks != prompt.num_blocks - prompt.start_block:
+        return None
+    first = worker_pb2.FirstTokens.FromString(commit.meta)
+    return first if len(first.choices) == (prompt.submit.sampling.n or 1) else None

@@ -17,7 +17,9 @@ ENGINE_TIMEOUT_S = 10.0
 """For the engine to come to the end of its step."""
 
 
-async def on_engine(loop: EngineLoop, function: Callable[[Engine], T]) -> T:
+async def on_engine(
+    loop: EngineLoop, function: Callable[[Engine], T], timeout_s: float = ENGINE_TIMEOUT_S
+) -> T:
     """What a function returns that is called on the engine's thread, between two steps.
 
     Raises TimeoutError; the function may still be called then, before whatever is asked later.
@@ -33,5 +35,5 @@ async def on_engine(loop: EngineLoop, function: Callable[[Engine], T]) -> T:
         here.call_soon_threadsafe(resolve, function(engine))
 
     loop.call(call)
-    async with asyncio.timeout(ENGINE_TIMEOUT_S):
+    async with asyncio.timeout(timeout_s):
         return await future

@@ -28,7 +28,7 @@ from quire.transfer.state import Ended
 from quire.worker import convert
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from quire.engine.engine import Engine
     from quire.engine.loop import EngineLoop
@@ -78,7 +78,7 @@ class PrefillRole:
 
     async def serve(
         self, request: worker_pb2.PrefillRequest
-    ) -> AsyncIterator[worker_pb2.PrefillReply]:
+    ) -> AsyncGenerator[worker_pb2.PrefillReply]:
         """The Prefill rpc: accepted, then silence until the job is over."""
         ref = ref_from_proto(request.transfer)
         engine_id = f"{PREFIX}{next(self._numbers)}/{request.request_id}"

@@ -20,7 +20,7 @@ from quire.transfer.state import Ended
 from quire.worker.roles.engine_calls import on_engine
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from quire.engine.loop import EngineLoop
     from quire.transfer.endpoint import Endpoint
@@ -58,7 +58,9 @@ class SourceRole:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    async def serve(self, request: worker_pb2.FetchRequest) -> AsyncIterator[worker_pb2.FetchReply]:
+    async def serve(
+        self, request: worker_pb2.FetchRequest
+    ) -> AsyncGenerator[worker_pb2.FetchReply]:
         """The Fetch rpc. Raises TimeoutError when the engine does not answer."""
         data = request.block_hashes
         hashes = [data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES)]

@@ -1,0 +1,1 @@
+"""Quantized checkpoints: formats read, and rounding of float checkpoints while they load."""

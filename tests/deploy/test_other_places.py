@@ -1,0 +1,105 @@
+"""Manifests for KubeRay without Helm, and examples for serverless platforms."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from types import ModuleType
+
+import jsonschema
+import yaml
+from local_pods import ENTRYPOINT
+from manifests import CHART, CUSTOM, ROOT, helm, pod_templates, tool
+
+from quire.config.engine import EngineConfig
+
+RAY = ROOT / "deploy" / "ray"
+SERVERLESS = ROOT / "deploy" / "serverless"
+
+
+def test_the_ray_manifest_is_what_the_chart_makes() -> None:
+    done = helm(
+        "template", "quire", str(CHART), "--namespace", "default", "-f", str(RAY / "values.yaml")
+    )
+    assert done.returncode == 0, done.stderr
+    text = (RAY / "raycluster.yaml").read_text()
+    assert text == done.stdout, "render it again: deploy/ray/README.md"
+
+
+def test_the_ray_manifest_is_valid_and_needs_only_the_secrets_that_are_made() -> None:
+    text = (RAY / "raycluster.yaml").read_text()
+    objects = [each for each in yaml.safe_load_all(text) if each]
+    (cluster,) = [each for each in objects if each["kind"] == "RayCluster"]
+    jsonschema.validate(cluster, CUSTOM["RayCluster"])
+    assert [each["metadata"]["labels"]["app.kubernetes.io/component"]
+            for each in pod_templates(cluster)] == ["coordinator", "decode", "prefill"]  # fmt: skip
+    made = re.findall(
+        r"create secret generic (\S+) --from-literal=(\S+?)=", (RAY / "README.md").read_text()
+    )
+    named = re.findall(r"secretKeyRef:\s+name: (\S+)\s+key: (\S+)", text)
+    assert set(named) == set(made)
+    assert not [each for each in objects if each["kind"] == "Secret"]
+
+
+def understood(command: list[str]) -> str:
+    """What `quire` makes of a command line. Raises AssertionError when it refuses it."""
+    done = subprocess.run(
+        [ENTRYPOINT, *command[1:], "--dump-config"], capture_output=True, text=True,
+        env=os.environ | {"QUIRE_API_KEY": "key"}, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class FakeModal(ModuleType):
+    """Notes how it is used; everything returns something that can be called and asked further."""
+
+    def __init__(self) -> None:
+        super().__init__("modal")
+        self.calls: dict[str, dict] = {}
+
+    def __getattr__(self, name: str) -> Recorder:
+        return Recorder(self.calls, name)
+
+
+class Recorder:
+    def __init__(self, calls: dict[str, dict], path: str) -> None:
+        self._calls, self._path = calls, path
+
+    def __getattr__(self, name: str) -> Recorder:
+        return Recorder(self._calls, f"{self._path}.{name}")
+
+    def __call__(self, *args: object, **options: object) -> object:
+        if len(args) == 1 and callable(args[0]) and not isinstance(args[0], Recorder):
+            return args[0]  # what a decorator was made for
+        self._calls[self._path] = options
+        return self
+
+
+def test_the_modal_example_starts_a_server_that_quire_understands(monkeypatch) -> None:
+    modal = FakeModal()
+    monkeypatch.setitem(sys.modules, "modal", modal)
+    made = runpy.run_path(str(SERVERLESS / "modal_app.py"))
+    dumped = yaml.safe_load(understood(made["COMMAND"]))
+    assert modal.calls["web_server"]["port"] == dumped["port"]
+    taken = dumped.get("max_num_seqs", EngineConfig().max_num_seqs)
+    assert modal.calls["concurrent"]["max_inputs"] == taken
+    assert made["serve"].__name__ == "serve"
+
+
+def test_the_runpod_command_is_understood() -> None:
+    (command,) = re.findall(r"`(quire serve [^`]+)`", (SERVERLESS / "README.md").read_text())
+    assert yaml.safe_load(understood(command.split()))["port"] == 8000
+
+
+def test_the_values_of_cloud_nodes_are_the_charts() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (SERVERLESS / "README.md").read_text(), re.S)
+    done = subprocess.run(
+        [tool("helm"), "template", "q", str(CHART), "-f", "-"], input=block, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "gke-accelerator: nvidia-l4" in done.stdout

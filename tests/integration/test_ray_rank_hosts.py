@@ -1,0 +1,129 @@
+"""A replica of two ranks on two hosts of a Ray cluster, beside one whose ranks share a host.
+
+Slow, needs root: `pytest -m slow -s tests/integration/test_ray_rank_hosts.py`
+prints times to recover. One cluster in the order below.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from http_load import Load
+from ray_fleet import fleet_file, gateway, pool, running_fleet
+from ray_hosts import can_make_namespaces, command_line, resident_bytes, wait_until
+from server import running_server
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not can_make_namespaces(), reason="needs root and network namespaces"),
+]
+
+RANK, NODE = "parallel.rank", "quire worker --config"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    engine = {"tensor_parallel_size": 2, "dtype": "float32"}
+    content = fleet_file(pool("wide", 1, cpus=2), pool("whole", 0, cpus=2), engine=engine)
+    base = tmp_path_factory.mktemp("hosts")
+    with running_fleet(base, content, wide1=1, wide2=1, whole1=2) as fleet:
+        print(f"one replica of two hosts ready after {fleet.wait_ready('wide-0'):.1f} s")
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def url(fleet):
+    with gateway(fleet.address) as url:
+        yield url
+
+
+@pytest.fixture
+def both(fleet):
+    """The replica whose ranks share a host serves too."""
+    fleet.ask("scale", {"whole": 1})
+    fleet.wait_ready("wide-0", "whole-0")
+    return fleet
+
+
+def hosts_of(fleet) -> tuple:
+    """(that of rank 0, that of rank 1) of wide-0."""
+    address = fleet.pods()["wide-0"].host
+    wide = [host for name, host in fleet.hosts.items() if name.startswith("wide")]
+    return tuple(sorted(wide, key=lambda host: host.address != address))
+
+
+def test_a_rank_runs_on_each_host_and_tokens_are_those_of_one_process(fleet, url) -> None:
+    first, second = hosts_of(fleet)
+    pod = fleet.pods()["wide-0"]
+    assert pod.pid in first.pids(NODE)
+    assert first.pids(RANK) == []
+    [rank] = second.pids(RANK)
+    for name, pid in (("rank 0", pod.pid), ("rank 1", rank)):
+        print(f"{name}: {resident_bytes(pid) / 1e6:.0f} MB  {command_line(pid)[:80]}")
+    print(f"start {pod.startup_s:.1f} s, both hosts {pod.resident_bytes / 1e6:.0f} MB")
+    assert pod.resident_bytes > resident_bytes(pod.pid) + resident_bytes(rank)
+    with running_server("--dtype", "float32", "--max-model-len", "512") as server:
+        one = Load(f"http://127.0.0.1:{server.port}")
+        for seed in range(5):
+            assert Load(url).stream(seed) == one.stream(seed)
+
+
+def test_a_killed_rank_of_another_host_costs_no_request(both, url) -> None:
+    _, second = hosts_of(both)
+    before = both.pods()["wide-0"]
+    with Load(url) as load:
+        [rank] = second.kill(RANK)
+        wait_until(lambda: both.pods()["wide-0"].restarts > before.restarts, 60, "death noticed")
+        took = both.wait_ready("wide-0")
+        finished = load.finished
+        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+    assert second.pids(RANK) != [rank]
+    assert both.pods()["wide-0"].address == before.address
+    assert load.failures == []
+    report("rank of another host killed", took, load)
+
+
+def test_a_killed_raylet_of_the_other_host_disturbs_nothing(both, url) -> None:
+    _, second = hosts_of(both)
+    before, [rank] = both.pods()["wide-0"], second.pids(RANK)
+    with Load(url) as load:
+        began = time.monotonic()
+        assert second.kill("raylet/raylet")
+        finished = load.finished
+        wait_until(lambda: load.finished > finished + 10, 90, "answers without the raylet")
+        second.kill("ray start")
+        both.start_raylets(**{second.name: 1})
+        wait_until(lambda: second.pids("CompanionActor"), 120, "its supervisor started again")
+        took = time.monotonic() - began
+        finished = load.finished
+        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+    after = both.pods()["wide-0"]
+    assert second.pids(RANK) == [rank]
+    assert (after.pid, after.restarts, after.state) == (before.pid, before.restarts, "ready")
+    assert load.failures == []
+    report("raylet of the other host killed, started again, its ranks adopted", took, load)
+
+
+@pytest.mark.parametrize("number", [1, 0], ids=["of rank 1", "of rank 0"])
+def test_a_lost_host_costs_no_request(both, url, number) -> None:
+    lost = hosts_of(both)[number]
+    with Load(url) as load:
+        began = time.monotonic()
+        lost.kill("")
+        finished = load.finished
+        wait_until(lambda: load.finished > finished + 5, 90, "answers without it")
+        assert both.pods()["wide-0"].state != "ready"
+        both.start_raylets(**{lost.name: 1})
+        both.wait_ready("wide-0", "whole-0")
+        took = time.monotonic() - began
+        finished = load.finished
+        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+    assert lost.pids(RANK) or hosts_of(both)[0] is lost
+    assert load.failures == []
+    report(f"all of the host of rank {number} killed, its raylet started again", took, load)
+
+
+def report(what: str, took_s: float, load: Load) -> None:
+    print(f"{what}: {took_s:.1f} s; {load.finished} answers, {len(load.failures)} failed")
