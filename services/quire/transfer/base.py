@@ -46,6 +46,9 @@ class Channel(Protocol):
 
     frame_bytes: int
     """Most payload of a DATA frame that suits it."""
+    frames_at_once: int
+    """Calls of `send` that may be under way together. What they are of is written whole, in the
+    order of the calls but for payloads that take their own way."""
 
     def start(self, intake: Intake, closed: Callable[[str], None]) -> None:
         """Deliver what arrives to the intake; `closed(why)` once when the connection has ended.
@@ -56,7 +59,7 @@ class Channel(Protocol):
     async def send(self, head: bytes, parts: Sequence[memoryview] = ()) -> None:
         """Send one frame. Returns when the parts' memory is no longer read.
 
-        One call at a time. On a closed channel it returns and nothing is sent.
+        On a closed channel it returns and nothing is sent.
         """
 
     def close(self) -> None:

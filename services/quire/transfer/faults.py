@@ -67,7 +67,7 @@ class FaultyChannel:
     """A channel whose frames a plan decides about."""
 
     def __init__(self, inner: Channel, plan: FaultPlan) -> None:
-        self.frame_bytes = inner.frame_bytes
+        self.frame_bytes, self.frames_at_once = inner.frame_bytes, inner.frames_at_once
         self._inner = inner
         self._plan = plan
         self._sent = 0

@@ -53,6 +53,7 @@ class GrpcChannel:
 
     frame_bytes = 512 << 10
     """Its copies of a message stay in the second-level cache."""
+    frames_at_once = 1
 
     def __init__(self, stream: Stream, end: Callable[[], object]) -> None:
         _keep_freed_memory()

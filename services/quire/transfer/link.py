@@ -4,9 +4,9 @@
     READY      both proved the token and agree on the layout; frames of transfers flow
     CLOSED     nothing is written or handled any more
 
-A single writer task sends one frame after the other, frames of control before frames of data. A
-link that heard nothing for some heartbeats is closed: a stopped process keeps its sockets open and
-no keepalive of a kernel or of gRPC tells it from a healthy one.
+Frames go out in turn, those of control before those with data, as many at once as the channel
+takes. A link that heard nothing for some heartbeats is closed: a stopped process keeps its sockets
+open and no keepalive of a kernel or of gRPC tells it from a healthy one.
 """
 
 from __future__ import annotations
@@ -111,19 +111,22 @@ class Link:
     async def run(self) -> None:
         """Write until closed."""
         try:
-            while self.state is LinkState.READY:
-                if (frame := self._next()) is None:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                self._said = self.node.clock()
-                try:
-                    await self._channel.send(frame.head, frame.parts)
-                finally:
-                    if frame.written is not None:
-                        frame.written()
+            await asyncio.gather(*(self._write() for _ in range(self._channel.frames_at_once)))
         finally:
             self.close("the endpoint stops")
+
+    async def _write(self) -> None:
+        while self.state is LinkState.READY:
+            if (frame := self._next()) is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._said = self.node.clock()
+            try:
+                await self._channel.send(frame.head, frame.parts)
+            finally:
+                if frame.written is not None:
+                    frame.written()
 
     def close(self, why: str) -> None:
         """End the link; every transfer on it is told, once."""

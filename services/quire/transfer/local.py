@@ -40,6 +40,7 @@ class LocalChannel:
     """One side of a pair."""
 
     frame_bytes = FRAME_BYTES
+    frames_at_once = 1
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.other: LocalChannel | None = None

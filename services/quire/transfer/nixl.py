@@ -41,6 +41,7 @@ class NixlChannel:
     """A tcp channel whose payloads take the other way."""
 
     frame_bytes = FRAME_BYTES
+    frames_at_once = 4
 
     def __init__(self, inner: TcpChannel, transport: NixlTransport) -> None:
         self._inner = inner

@@ -46,6 +46,7 @@ class TcpChannel:
     """One connected, non-blocking socket."""
 
     frame_bytes = MAX_BODY_BYTES - MAX_ENTRIES * ENTRY_BYTES
+    frames_at_once = 1
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -58,7 +59,7 @@ class TcpChannel:
         """It is closed, and why."""
         self._leaving: list[memoryview] = []
         """What the kernel does not have yet."""
-        self._flushed: asyncio.Future[None] | None = None
+        self._flushed = asyncio.Event()
         self._low_water = 1
 
     # ---- Channel
@@ -76,8 +77,8 @@ class TcpChannel:
         """One frame; returns when the kernel has all of it."""
         self._put(memoryview(head), *parts)
         if self._leaving:
-            self._flushed = self._loop.create_future()
-            await self._flushed
+            self._flushed.clear()
+            await self._flushed.wait()
 
     def post(self, frame: bytes) -> None:
         """Send a small frame without waiting."""
@@ -115,7 +116,7 @@ class TcpChannel:
             self._end(str(error))
             return
         self._loop.remove_writer(self._sock)
-        self._tell_flushed()
+        self._flushed.set()
 
     def _forget(self, count: int) -> None:
         """So many bytes of `_leaving` are with the kernel."""
@@ -125,10 +126,6 @@ class TcpChannel:
                 return
             count -= len(view)
         self._leaving.clear()
-
-    def _tell_flushed(self) -> None:
-        if self._flushed is not None and not self._flushed.done():
-            self._flushed.set_result(None)
 
     # ---- reading
 
@@ -176,7 +173,7 @@ class TcpChannel:
         self._loop.remove_writer(self._sock)
         self._sock.close()
         self._leaving.clear()
-        self._tell_flushed()
+        self._flushed.set()
         if self._closed is not None:
             self._loop.call_soon(self._closed, why)
 
