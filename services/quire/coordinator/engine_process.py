@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quire.config.last_word import last_word
 from quire.coordinator import files
 from quire.coordinator.files import Identity
 
@@ -75,10 +76,10 @@ class Exit:
     def reason(self) -> str:
         """One line for people: what the engine said last when it ended by itself."""
         if self.code == CANNOT_SERVE and self.last_lines:
-            return self.last_lines[-1].removeprefix("quire: error: ")
+            return last_word(self.last_lines)
         if self.code is not None and self.code < 0:
             return f"the engine was killed by {_signal_name(-self.code)}"
-        said = f": {self.last_lines[-1]}" if self.last_lines and self.code else ""
+        said = f": {last_word(self.last_lines)}" if self.last_lines and self.code else ""
         return f"the engine ended (exit code {'unknown' if self.code is None else self.code}){said}"
 
 

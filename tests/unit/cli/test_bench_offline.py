@@ -130,20 +130,6 @@ def test_a_start_is_timed_until_its_first_token(tmp_path, capsys):
     assert 0 < times[0] <= times[1] <= times[2]
 
 
-@pytest.mark.parametrize(
-    ("stderr", "why"),
-    [
-        ("", ""),
-        ("a line\nRuntimeError: broken\n", "RuntimeError: broken"),
-        ("quire: error: no model\nERROR grpc: ended\nCancelledError\n", "quire: error: no model"),
-    ],
-)
-def test_the_line_that_says_why_a_server_ended(stderr, why):
-    from quire.cli.bench.startup import reason
-
-    assert reason(stderr) == why
-
-
 def test_a_start_that_fails_says_why(capsys):
     from quire.cli.bench.startup import run
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from quire.cli.bench.client import Client, Endpoint
 from quire.cli.bench.options import ResultConfig, StartupConfig
 from quire.config.flags import Command, UsageError, parse
+from quire.config.last_word import last_word
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +30,6 @@ COMMAND = Command(
 )
 POLL_S = 0.02
 END_S = 60
-SAYS_WHY = "quire: error: "
-"""How a process of ours begins its last word."""
 FIGURES = ("listening", "ready", "first_token")
 
 
@@ -76,23 +75,13 @@ async def measure(how: StartupConfig) -> dict[str, float]:
             return waiting.result()
         if not ending.done():
             raise StartupFailed(f"no token within {how.timeout_sec:g} s")
-        why = reason(ending.result()[1].decode(errors="replace")) or f"{process.returncode}"
-        raise StartupFailed(f"the server ended: {why}")
+        said = ending.result()[1].decode(errors="replace").strip().splitlines()
+        raise StartupFailed(f"the server ended: {last_word(said) or process.returncode}")
     finally:
         waiting.cancel()
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
         await asyncio.wait({ending}, timeout=END_S)
-
-
-def reason(stderr: str) -> str:
-    """The line of a server's output that says why it ended; "" of no output.
-
-    It need not be the last one: a library may log what it thinks of the end.
-    """
-    lines = stderr.strip().splitlines()
-    said = [line for line in lines if SAYS_WHY in line]
-    return (said or lines or [""])[-1]
 
 
 async def _times(url: str, began: float) -> dict[str, float]:
