@@ -99,7 +99,7 @@ class SendingTransfer:
         self._queue: deque[Piece] = deque()
         self._reading: dict[Piece, int] = {}  # handed to the transport, which may still read them
         self._sums: dict[Piece, int] = {}
-        self._attempts: dict[Piece, int] = {}
+        self._damaged: dict[Piece, int] = {}  # how often
         self._commit: Commit | None = None
         self._committing = False  # COMMIT is on its way
         self._ended = Ended(ref)
@@ -231,7 +231,8 @@ class SendingTransfer:
         for piece in pieces:
             if piece[1] not in self._unacked.get(piece[0], ()):
                 continue
-            if self._attempts.get(piece, 0) >= MAX_ATTEMPTS:
+            self._damaged[piece] = self._damaged.get(piece, 0) + 1
+            if self._damaged[piece] >= MAX_ATTEMPTS:
                 return self._fail(Failure.CHECKSUM, f"block {piece[0]} arrived damaged twice")
             self._queue.append(piece)
         return []
@@ -276,12 +277,11 @@ class SendingTransfer:
             if left < 0 and taken:
                 break
             self._queue.popleft()
-            self._attempts[piece] = self._attempts.get(piece, 0) + 1
             self._reading[piece] = self._reading.get(piece, 0) + 1
             taken.append((piece, self._places[piece[0]]))
         return taken
 
-    def summed(self, entries: Iterable[Entry]) -> None:
+    def summed(self, entries: Iterable[tuple[int, int, int]]) -> None:
         """Checksums of pieces that are being written."""
         for block, piece, checksum in entries:
             self._sums[block, piece] = checksum
