@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 AHEAD_BYTES = 4 << 10
 """Read at once where frames begin: many of control, or head and table of one with data. What
 pieces follow in it are copied, which is why it is not more."""
-READ_BYTES = 512 << 10
+READ_BYTES = 256 << 10
 """Read at once where pieces are: they are in the cache still when they are verified."""
 SCRATCH_BYTES = 256 << 10
 

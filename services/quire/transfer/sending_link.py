@@ -123,23 +123,21 @@ class SendingLink(DialledLink):
 
     def _data(self, frame: _Frame, sums: list[int]) -> Outgoing:
         machine = frame.departing.machine
-        entries = [
-            (block, piece, value) for (block, piece), value in zip(frame.pieces, sums, strict=True)
-        ]
-        machine.summed(entries)
+        summed = list(zip(frame.pieces, sums, strict=True))
+        machine.summed(summed)
+        table = pack_entries((*piece, value) for piece, value in summed)
         sequence = self.next_sequence()
         self._sent[sequence] = frame
         if not self._unacked_bytes:
             self._busy_since = self.node.clock()
         self._unacked_bytes += frame.num_bytes
         self.flow.num_bytes += frame.num_bytes
-        table = pack_entries(entries)
         header = header_of(
             Kind.DATA,
             machine.ref,
             rank=self.node.identity.shard.rank,
             length=len(table) + frame.num_bytes,
-            num=len(entries),
+            num=len(sums),
             sequence=sequence,
         )
         return Outgoing(pack(header, table), frame.views, lambda: self._written(frame))
