@@ -17,7 +17,8 @@ from quire.transfer.negotiate import Peer, choose
 from quire.transfer.probe import Measurement, measure
 from quire.transfer.receiver import Receiver
 from quire.transfer.receiving_link import ReceivingLink
-from quire.transfer.sender import Sender, SendingLink
+from quire.transfer.sender import Sender
+from quire.transfer.sending_link import SendingLink
 from quire.transfer.state import Ended, Failure, TransferRef
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Core:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for transport in self._transports.values():
             await transport.close()
+        self.sender.helper.shutdown()
 
     def peer(self) -> Peer:
         """How others reach this endpoint."""

@@ -152,7 +152,7 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
     return Header(kind, rank, length, num, *rest)
 
 
-def pack_entries(entries: Iterable[Entry]) -> bytes:
+def pack_entries(entries: Iterable[tuple[int, int, int]]) -> bytes:
     """A table of pieces."""
     fields = tuple(chain.from_iterable(entries))
     return struct.pack("<" + "IIQ" * (len(fields) // 3), *fields)

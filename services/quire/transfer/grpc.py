@@ -22,6 +22,7 @@ import grpc
 from quire.proto import transfer_pb2
 from quire.transfer.base import Unreachable
 from quire.transfer.frames import HEADER_BYTES, MAX_BODY_BYTES, FrameError
+from quire.transfer.layout import FRAME_BYTES
 from quire.transfer.sockets import join_address
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ Stream = Any
 class GrpcChannel:
     """One Push stream, either side of it."""
 
-    frame_bytes = 512 << 10
-    """Its copies of a message stay in the second-level cache."""
+    frame_bytes = FRAME_BYTES
     frames_at_once = 1
 
     def __init__(self, stream: Stream, end: Callable[[], object]) -> None:

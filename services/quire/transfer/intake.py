@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 AHEAD_BYTES = 4 << 10
 """Read at once where frames begin: many of control, or head and table of one with data. What
 pieces follow in it are copied, which is why it is not more."""
+READ_BYTES = 256 << 10
+"""Read at once where pieces are: they are in the cache still when they are verified."""
 SCRATCH_BYTES = 256 << 10
 
 
@@ -79,10 +81,16 @@ class Intake:
 
     def buffers(self) -> list[memoryview]:
         """Where the next bytes go, one after the other; never empty."""
-        if self._pieces_may_land():
-            place = self._places[self._piece]
-            return [place[self._filled :], *self._places[self._piece + 1 :], self._ahead]
-        return [self._scratch[: self._discard]] if self._discard else [self._ahead]
+        if not self._pieces_may_land():
+            return [self._scratch[: self._discard]] if self._discard else [self._ahead]
+        buffers = [self._places[self._piece][self._filled :]]
+        room = len(buffers[0])
+        for place in self._places[self._piece + 1 :]:
+            if room >= READ_BYTES:
+                return buffers
+            buffers.append(place)
+            room += len(place)
+        return [*buffers, self._ahead]
 
     def advance(self, count: int) -> None:
         """`count` bytes were written into the last buffers. Raises FrameError."""

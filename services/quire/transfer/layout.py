@@ -27,7 +27,8 @@ WIRE_VERSION = 1
 """Version of the frames and of the block's order in memory. Raised when either changes."""
 
 FRAME_BYTES = 1 << 20
-"""Most payload of one frame, where a channel does not say otherwise."""
+"""Most payload of one frame, where a channel does not say otherwise; over gRPC half as much costs
+half as much CPU time again."""
 
 PIECE_BYTES = 256 << 10
 """Largest part of a block with a checksum of its own: small enough to be in cache still when it is

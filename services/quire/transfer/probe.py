@@ -13,7 +13,7 @@ from quire.transfer.link import LinkRefused, Outgoing
 from quire.transfer.state import Failure
 
 if TYPE_CHECKING:
-    from quire.transfer.sender import SendingLink
+    from quire.transfer.sending_link import SendingLink
 
 ROUND_TRIPS = 50
 TIMEOUT_S = 10.0

@@ -1,35 +1,19 @@
-"""The sending direction of an endpoint: its transfers, and the links that it dialled.
-
-Transfers on one link take turns, frame by frame; at most a window of bytes is unacknowledged, so
-that control never waits behind more than that.
-"""
+"""The sending direction of an endpoint: its transfers. Their frames go over `sending_link`s."""
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quire.proto import transfer_pb2
 from quire.transfer.flows import SUCCESS
-from quire.transfer.frames import (
-    MAX_ENTRIES,
-    Entry,
-    FrameError,
-    Header,
-    Kind,
-    checksum,
-    header_of,
-    pack,
-    pack_entries,
-    unpack_entries,
-)
+from quire.transfer.frames import FrameError, Header, Kind, header_of
 from quire.transfer.layout import Span, pieces
-from quire.transfer.link import DialledLink, Outgoing
 from quire.transfer.receiver import read_refusal, write_refusal
-from quire.transfer.sending import Piece, SendingTransfer
+from quire.transfer.sending import SendingTransfer
 from quire.transfer.state import (
     Commit,
     Committing,
@@ -49,11 +33,10 @@ from quire.transfer.state import (
 )
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Sequence
 
-    from quire.transfer.base import Channel, Node
-    from quire.transfer.flows import Flow
+    from quire.transfer.base import Node
+    from quire.transfer.sending_link import SendingLink
     from quire.transfer.state import Event
 
 logger = logging.getLogger(__name__)
@@ -77,6 +60,8 @@ class Sender:
     def __init__(self, node: Node, emit: Callable[[Event], None]) -> None:
         self._node = node
         self._emit = emit
+        self.helper = ThreadPoolExecutor(1, "kv-checksums")
+        """Its thread begins with the first frame that is taken ahead."""
         self._departing: dict[TransferRef, Departing] = {}
         self._crowded: dict[TransferRef, Departing] = {}
         """Those with blocks that wait for a place, the first to get one first."""
@@ -226,140 +211,6 @@ class Sender:
         if ended.commit is not None and departing.committed_at is not None:
             flow.blocks += ended.commit.blocks
             flow.exposed_s += self._node.clock() - departing.committed_at
-
-
-@dataclass
-class _Sent:
-    """A DATA frame that is not acknowledged."""
-
-    departing: Departing
-    pieces: list[Piece] = field(default_factory=list)
-    num_bytes: int = 0
-
-
-class SendingLink(DialledLink):
-    """Frames to one receiving rank."""
-
-    def __init__(self, channel: Channel, transport: str, node: Node, sender: Sender) -> None:
-        self.sender = sender
-        self.probes: dict[int, asyncio.Future[None]] = {}
-        """Sequence of a PROBE -> resolved when it arrived."""
-        self._departing: deque[Departing] = deque()
-        self._sent: dict[int, _Sent] = {}
-        self._unacked_bytes = 0
-        self._sequence = 0
-        self._busy_since = 0.0
-        """While something is unacknowledged: since when that is not in `flow` yet."""
-        super().__init__(channel, transport, node)
-
-    @cached_property
-    def flow(self) -> Flow:
-        """What goes over it, beside other links like it. Known after the greeting."""
-        return self.node.counters.flows.of("sent", self.peer.worker, self.transport)
-
-    def add(self, departing: Departing) -> None:
-        """Take turns with the others from now on."""
-        self._departing.append(departing)
-
-    def remove(self, departing: Departing) -> None:
-        """The transfer is over: nothing of it is sent or awaited any more."""
-        self._departing.remove(departing)
-        for sequence, sent in list(self._sent.items()):
-            if sent.departing is departing:
-                self._settle(sequence)
-
-    def next_sequence(self) -> int:
-        """A number for a frame that will be answered."""
-        self._sequence += 1
-        return self._sequence
-
-    # ---- writing
-
-    def next_data(self) -> Outgoing | None:
-        """The next frame of the transfer whose turn it is, if the window allows one."""
-        if self._unacked_bytes >= self.node.config.kv_window_bytes:
-            return None
-        for _ in range(len(self._departing)):
-            departing = self._departing[0]
-            self._departing.rotate(-1)
-            if departing.machine.has_pieces:
-                return self._data(departing)
-        return None
-
-    def _data(self, departing: Departing) -> Outgoing:
-        machine, memory = departing.machine, self.node.memory
-        taken = machine.take(self.frame_bytes, MAX_ENTRIES)
-        views, entries = [], []
-        for (block, piece), slot in taken:
-            part = departing.parts[piece]
-            view = memory.view(slot, part.source, part.length)
-            views.append(view)
-            entries.append(Entry(block, piece, checksum(view)))
-        machine.summed(entries)
-        sequence, num_bytes = self.next_sequence(), sum(map(len, views))
-        names = [piece for piece, _ in taken]
-        self._sent[sequence] = _Sent(departing, names, num_bytes)
-        if not self._unacked_bytes:
-            self._busy_since = self.node.clock()
-        self._unacked_bytes += num_bytes
-        self.flow.num_bytes += num_bytes
-        table = pack_entries(entries)
-        header = header_of(
-            Kind.DATA,
-            machine.ref,
-            rank=self.node.identity.shard.rank,
-            length=len(table) + num_bytes,
-            num=len(entries),
-            sequence=sequence,
-        )
-
-        def written() -> None:
-            self.sender.do(departing, machine.written(names, self.node.clock()))
-
-        return Outgoing(pack(header, table), tuple(views), written)
-
-    # ---- reading
-
-    def on_transfer_frame(self, header: Header, body: bytes) -> None:
-        """Answers of the receiver."""
-        if header.kind == Kind.PROBED:
-            if (future := self.probes.pop(header.sequence, None)) is not None:
-                future.set_result(None)
-        elif header.kind == Kind.ACK:
-            self._on_ack(header, body)
-        else:
-            self._settle(header.sequence)
-            self.sender.on_frame(header, body)
-
-    def on_lost(self) -> None:
-        """Every transfer on this link is lost."""
-        for future in self.probes.values():
-            future.cancel()
-        for departing in list(self._departing):
-            self.sender.do(departing, departing.machine.lost())
-
-    def _on_ack(self, header: Header, body: bytes) -> None:
-        sent = self._settle(header.sequence)
-        if sent is None:
-            return  # of a transfer that is over
-        self.flow.acknowledged(sent.num_bytes)
-        damaged = {(entry.block, entry.piece) for entry in unpack_entries(body)}
-        machine = sent.departing.machine
-        good = [piece for piece in sent.pieces if piece not in damaged]
-        self.flow.damaged_pieces += len(damaged)
-        self.sender.do(sent.departing, machine.acked(good, self.node.clock()))
-        if damaged:
-            self.sender.do(sent.departing, machine.damaged(damaged))
-
-    def _settle(self, sequence: int) -> _Sent | None:
-        """The frame is answered: its bytes leave the window."""
-        sent = self._sent.pop(sequence, None)
-        if sent is not None:
-            self._unacked_bytes -= sent.num_bytes
-            now = self.node.clock()
-            self.flow.busy(now - self._busy_since)
-            self._busy_since = now
-        return sent
 
 
 def _say(link: SendingLink, ref: TransferRef, message: Message) -> None:

@@ -97,9 +97,9 @@ class SendingTransfer:
         self._loading: set[int] = set()  # blocks being read into their places
         self._unacked: dict[int, set[int]] = {}  # block -> pieces not acknowledged
         self._queue: deque[Piece] = deque()
-        self._reading: dict[Piece, int] = {}  # handed to the transport, which may still read them
+        self._reading: dict[int, int] = {}  # block -> pieces that the transport may still read
         self._sums: dict[Piece, int] = {}
-        self._attempts: dict[Piece, int] = {}
+        self._damaged: dict[Piece, int] = {}  # how often
         self._commit: Commit | None = None
         self._committing = False  # COMMIT is on its way
         self._ended = Ended(ref)
@@ -212,16 +212,18 @@ class SendingTransfer:
         """The receiver verified pieces."""
         if not self.is_live:
             return []
-        acknowledged = []
+        acknowledged, has_moved = [], False
         for block, piece in pieces:
             missing = self._unacked.get(block)
             if missing is None or piece not in missing:
                 continue
             missing.discard(piece)
-            self.lease.renew(now)
+            has_moved = True
             if not missing:
                 del self._unacked[block]
                 acknowledged.append(block)
+        if has_moved:
+            self.lease.renew(now)
         return [*self._release(acknowledged), *self._maybe_commit(now)]
 
     def damaged(self, pieces: Iterable[Piece]) -> list[Effect]:
@@ -231,7 +233,8 @@ class SendingTransfer:
         for piece in pieces:
             if piece[1] not in self._unacked.get(piece[0], ()):
                 continue
-            if self._attempts.get(piece, 0) >= MAX_ATTEMPTS:
+            self._damaged[piece] = self._damaged.get(piece, 0) + 1
+            if self._damaged[piece] >= MAX_ATTEMPTS:
                 return self._fail(Failure.CHECKSUM, f"block {piece[0]} arrived damaged twice")
             self._queue.append(piece)
         return []
@@ -276,20 +279,18 @@ class SendingTransfer:
             if left < 0 and taken:
                 break
             self._queue.popleft()
-            self._attempts[piece] = self._attempts.get(piece, 0) + 1
-            self._reading[piece] = self._reading.get(piece, 0) + 1
+            self._reading[piece[0]] = self._reading.get(piece[0], 0) + 1
             taken.append((piece, self._places[piece[0]]))
         return taken
 
-    def summed(self, entries: Iterable[Entry]) -> None:
+    def summed(self, sums: Iterable[tuple[Piece, int]]) -> None:
         """Checksums of pieces that are being written."""
-        for block, piece, checksum in entries:
-            self._sums[block, piece] = checksum
+        self._sums.update(sums)
 
     def written(self, pieces: Iterable[Piece], now: float) -> list[Effect]:
         """The transport no longer reads these."""
-        for piece in pieces:
-            self._stop_reading(piece)
+        for block, _ in pieces:
+            self._stop_reading(block)
         if self.state is SendingState.DRAINING:
             return self._settle()
         acknowledged = [b for b in {block for block, _ in pieces} if b not in self._unacked]
@@ -297,16 +298,16 @@ class SendingTransfer:
 
     # ----
 
-    def _stop_reading(self, piece: Piece) -> None:
-        left = self._reading.get(piece, 0) - 1
+    def _stop_reading(self, block: int) -> None:
+        left = self._reading.get(block, 0) - 1
         if left > 0:
-            self._reading[piece] = left
+            self._reading[block] = left
         else:
-            self._reading.pop(piece, None)
+            self._reading.pop(block, None)
 
     def _is_read(self, block: int) -> bool:
         """At its place, or on its way there."""
-        return block in self._loading or any((block, p) in self._reading for p in self._all)
+        return block in self._loading or block in self._reading
 
     def _release(self, blocks: Iterable[int]) -> list[Effect]:
         """Give back those that are held and that nothing reads any more, and their places."""

@@ -222,7 +222,7 @@ class Pair(RuleBasedStateMachine):
         for (block, _), place in taken:
             assert self.sender_places[rank].lying[place] == block, "sent before it was loaded"
         entries = [Entry(block, piece, block * 10 + piece) for block, piece in pieces]
-        self.senders[rank].summed(entries)
+        self.senders[rank].summed(zip(pieces, [e.checksum for e in entries], strict=True))
         self.wire.append(("R", rank, entries))
         self.wire.append(("W", rank, pieces))  # the transport is done reading, some time later
 
