@@ -21,8 +21,8 @@ block ends it too, on both sides, each giving back every block it holds. Who doe
     Transport, Channel  how bytes travel: tcp, grpc, nixl, local (in process), faults (wraps one)
     PoolMemory          where they come from and go to: the pool itself, or places beside a device's
 
-All of it runs on the endpoint's thread, but for checksums that a sender has computed ahead. Blocks and
-bytes are all it knows: no requests, no tokens.
+All of it runs on the endpoint's thread, but for checksums that a sender has computed ahead. Blocks
+and bytes are all it knows: no requests, no tokens.
 """
 
 from __future__ import annotations
