@@ -5,8 +5,7 @@
 Two servers on this machine, one with equal workers and one with prefill beside decode workers, the
 same number of processes and cores. Some streams run all the time; long prompts arrive on an open
 loop, and the gaps of the running streams are measured while they do. Beside P50 and P99 ITL: the
-prompts' TTFT, and what of it is neither queue nor prefill by the server's own histograms; on the
-split server that is the exposed transfer plus what both servers have (HTTP, text, routing).
+prompts' TTFT, of which `loadtest.exposed_transfer` tells the parts.
 """
 
 from __future__ import annotations
@@ -14,19 +13,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import re
-import signal
-import socket
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadtest.servers import QuireServer
 from quire.cli.bench.client import Client, Endpoint
 from quire.cli.bench.load import LoadRun
 from quire.cli.bench.report import percentile
@@ -36,64 +30,10 @@ if TYPE_CHECKING:
 
     from quire.cli.bench.client import Outcome
 
-START_S = 180
 PATH = "/v1/completions"
-TIMES = ("request_queue_time_seconds", "request_prefill_time_seconds")
-"""Of vLLM's names: what the server says it spent before the first token."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A server and how it is started."""
-
-    name: str
-    flags: tuple[str, ...]
-
-
-class ShapeServer:
-    """One `quire serve`, frozen while the other is measured."""
-
-    def __init__(self, shape: Shape, options: argparse.Namespace) -> None:
-        self.name = shape.name
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "quire", "serve", options.model, "--port", str(port)]
-        command += ["--max-model-len", str(options.max_model_len), *shape.flags]
-        command += ["--log-level", "error"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-
-    async def wait_ready(self) -> None:
-        """Until /readyz says so. Raises RuntimeError."""
-        deadline = time.monotonic() + START_S
-        async with Client(Endpoint(self.url), 10) as client:
-            while time.monotonic() < deadline and self._process.poll() is None:
-                try:
-                    status, _ = await client.get("/readyz")
-                except OSError:
-                    status = 0
-                if status == 200:
-                    return
-                await asyncio.sleep(0.2)
-        raise RuntimeError(f"{self.name} did not become ready")
-
-    def send(self, number: signal.Signals) -> None:
-        """Signal all of its processes."""
-        os.killpg(self._process.pid, number)
-
-    def end(self) -> None:
-        """End it."""
-        self.send(signal.SIGCONT)
-        self._process.terminate()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.send(signal.SIGKILL)
-            self._process.wait(30)
-
-
-async def measure(server: ShapeServer, length: int, options: argparse.Namespace) -> dict[str, Any]:
+async def measure(server: QuireServer, length: int, options: argparse.Namespace) -> dict[str, Any]:
     """One round: streams that run, prompts of `length` that arrive beside them."""
     rng = random.Random(f"{options.seed}/{length}/{time.monotonic_ns()}")
     ids = range(10, options.vocab_size)
@@ -101,60 +41,53 @@ async def measure(server: ShapeServer, length: int, options: argparse.Namespace)
     arriving = [_body(rng.choices(ids, k=length), 2) for _ in range(options.prompts)]
     times = [options.settle_s + i / options.rate for i in range(options.prompts)]
     async with Client(Endpoint(server.url), 300) as client:
-        before = await _server_times(client)
         background = asyncio.create_task(LoadRun(client, PATH).run(streams, [0.0] * len(streams)))
         began = time.perf_counter()
         load = await LoadRun(client, PATH).run(arriving, times)
         ended = time.perf_counter()
         running = (await background).outcomes
-        after = await _server_times(client)
     failed = [o.error for o in (*load.outcomes, *running) if not o.ok]
     if failed:
         raise RuntimeError(f"{server.name}: {failed[0]}")
     window = (began + options.settle_s, ended)
     gaps = sorted(chain.from_iterable(_gaps(o, window) for o in running))
     ttfts = sorted(o.ttft for o in load.outcomes)
-    # the streams' own short prompts are in the server's sums too: they are few and quick
-    spent = (after - before) / len(arriving)
-    mean = sum(ttfts) / len(ttfts)
     return {
         "itl_p50_ms": 1e3 * percentile(gaps, 50),
         "itl_p99_ms": 1e3 * percentile(gaps, 99),
         "gaps": len(gaps),
         "ttft_p50_ms": 1e3 * percentile(ttfts, 50),
         "ttft_p99_ms": 1e3 * percentile(ttfts, 99),
-        "outside_share": max(1 - spent / mean, 0.0),
     }
 
 
 async def rounds(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Both shapes in turn for every length."""
     total = options.workers
-    shapes = (
-        Shape("aggregated", ("--replicas", str(total))),
-        Shape("P/D", ("--prefill", str(options.prefill), "--decode", str(total - options.prefill))),
-    )
-    servers = []
+    flags = ["--max-model-len", str(options.max_model_len)]
+    split = ("--prefill", str(options.prefill), "--decode", str(total - options.prefill))
+    shapes = {"aggregated": ("--replicas", str(total)), "P/D": split}
+    servers: list[QuireServer] = []
     rows = []
     try:
-        for shape in shapes:
-            servers.append(ShapeServer(shape, options))
-            await servers[-1].wait_ready()
-            servers[-1].send(signal.SIGSTOP)
+        for name, shape in shapes.items():
+            servers.append(QuireServer(name, options.model, [*flags, *shape]))
+            servers[-1].wait_ready()
+            servers[-1].group.freeze()
         for length in options.prompt_lens:
             each: dict[str, list[dict[str, Any]]] = {s.name: [] for s in servers}
             for number in range(options.repeats + 1):
                 for server in servers if number % 2 else servers[::-1]:
-                    server.send(signal.SIGCONT)
+                    server.group.thaw()
                     result = await measure(server, length, options)
-                    server.send(signal.SIGSTOP)
+                    server.group.freeze()
                     if number:  # the first round warms up
                         each[server.name].append(result)
             rows.append({"prompt_len": length, "rounds": each, **_medians(each)})
             print(table(rows[-1]), flush=True)
     finally:
         for server in servers:
-            server.end()
+            server.close()
     return rows
 
 
@@ -164,8 +97,7 @@ def table(row: dict[str, Any]) -> str:
     for name, m in row["medians"].items():
         lines.append(
             f"  {name:<11} ITL p50 {m['itl_p50_ms']:8.2f} ms, p99 {m['itl_p99_ms']:8.2f} ms; "
-            f"TTFT p50 {m['ttft_p50_ms']:8.1f} ms, outside queue and prefill "
-            f"{m['outside_share']:5.1%}"
+            f"TTFT p50 {m['ttft_p50_ms']:8.1f} ms"
         )
     aggregated, split = row["medians"].values()
     ratio = aggregated["itl_p99_ms"] / max(split["itl_p99_ms"], 1e-9)
@@ -196,13 +128,6 @@ def _body(prompt: Sequence[int], count: int) -> bytes:
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     return json.dumps(fields).encode()
-
-
-async def _server_times(client: Client) -> float:
-    """Seconds of queue and prefill of all requests so far, by the server's histograms."""
-    _, page = await client.get("/metrics")
-    found = re.findall(r"^vllm:(\w+)_sum(?:\{[^}]*\})? (\S+)$", page.decode(), re.MULTILINE)
-    return sum(float(value) for name, value in found if name in TIMES)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from loadtest import host_path, itl_under_prefill, prefix_cache
+from loadtest import exposed_transfer, host_path, itl_under_prefill, prefix_cache
 from loadtest.prefix_cache import prompts
 
 from quire.cli.bench.client import Outcome
@@ -52,9 +52,31 @@ def test_the_host_path_is_told_part_by_part(tmp_path, capsys):
 def test_both_server_shapes_are_measured_in_turn(tmp_path):
     argv = [
         "demo", "--prompt-lens", "256", "--max-model-len", "1024", "--repeats", "1",
-        "--prompts", "2", "--stream-tokens", "60", "--streams", "2",
+        "--prompts", "2", "--stream-tokens", "900", "--streams", "2", "--settle-s", "0.1",
     ]  # fmt: skip
     [row] = asyncio.run(itl_under_prefill.rounds(itl_under_prefill.parse(argv)))
     assert set(row["medians"]) == {"aggregated", "P/D"}
     assert all(m["gaps"] > 0 and m["ttft_p50_ms"] > 0 for m in row["medians"].values())
     assert "P99 ITL aggregated over P/D" in itl_under_prefill.table(row)
+
+
+def test_shares_of_a_trace_are_of_its_time_to_first_token():
+    parts = {"prefill_ask": 0.1, "prefill_queue": 0.1, "prefill": 1.5, "transfer": 0.2}
+    parts |= {"commit": 0.1}
+    named = [{"name": name, "seconds": seconds} for name, seconds in parts.items()]
+    shares = exposed_transfer.shares_of({"ttft_s": 2.0, "parts": named})
+    assert shares == pytest.approx(
+        {"ttft_s": 2.0, "exposed_ms": 300, "exposed": 0.15, "asking": 0.1, "prefill": 0.75}
+    )
+
+
+@pytest.mark.slow
+def test_exposed_transfer_is_told_for_each_transport(tmp_path, capsys):
+    out = tmp_path / "exposed"
+    argv = ["demo", "--prompt-lens", "256", "--transports", "tcp", "grpc", "--repeats", "1"]
+    argv += ["--prompts", "1", "--max-model-len", "1024", "--out", str(out)]
+    assert exposed_transfer.main(argv) == 0
+    assert "exposed transfer" in capsys.readouterr().out
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [row["transport"] for row in rows] == ["tcp", "grpc"]
+    assert all(0 <= row["exposed"]["median"] < 1 for row in rows)
