@@ -14,7 +14,9 @@ import argparse
 import json
 import random
 import sys
+import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -30,18 +32,26 @@ if TYPE_CHECKING:
 TRANSPORTS = ("tcp", "grpc", "nixl")
 EXPOSED = ("transfer", "commit")
 PATIENCE_S = 300
+ATTEMPTS = 20
+RETRY_S = 0.25
 ASKING = ("prefill_ask", "prefill_queue")
 """What else a remote prefill costs: asking for it, and its queue, which is empty here."""
 
 
-def figures_of(server: QuireServer, prompt: Sequence[int]) -> dict[str, float]:
-    """One prompt: seconds to its first token, and of each kind of part. Raises RuntimeError."""
-    body = {"prompt": prompt, "max_tokens": 2, "ignore_eos": True, "temperature": 0}
-    answer = _json(f"{server.url}/v1/completions", json.dumps(body).encode())
-    trace = _json(f"{server.url}/v1/requests/{answer['id']}/trace")
-    if "transfer" not in trace["prompts"][0]:
-        raise RuntimeError(f"{server.name}: a prompt of {len(prompt)} was not prefilled elsewhere")
-    return shares_of(trace)
+def trace_of(server: QuireServer, draw: Callable[[], list[int]]) -> dict[str, Any]:
+    """The trace of one new prompt that another worker prefilled. Raises RuntimeError.
+
+    Asks again for a while: workers that were stopped have to find each other first.
+    """
+    body: dict[str, Any] = {"max_tokens": 2, "ignore_eos": True, "temperature": 0}
+    for _ in range(ATTEMPTS):
+        body["prompt"] = draw()
+        answer = _json(f"{server.url}/v1/completions", json.dumps(body).encode())
+        trace: dict[str, Any] = _json(f"{server.url}/v1/requests/{answer['id']}/trace")
+        if "transfer" in trace["prompts"][0]:
+            return trace
+        time.sleep(RETRY_S)
+    raise RuntimeError(f"{server.name}: no prompt was prefilled elsewhere")
 
 
 def shares_of(trace: dict[str, Any]) -> dict[str, float]:
@@ -61,10 +71,8 @@ def measured(length: int, options: argparse.Namespace) -> Callable[..., dict[str
 
     def run(server: QuireServer, number: int) -> dict[str, float]:
         rng = random.Random(f"{options.seed}/{length}/{server.name}/{number}")
-        prompts = [
-            rng.choices(range(10, options.vocab_size), k=length) for _ in range(options.prompts)
-        ]
-        rows = [figures_of(server, prompt) for prompt in prompts]
+        draw = partial(rng.choices, range(10, options.vocab_size), k=length)
+        rows = [shares_of(trace_of(server, draw)) for _ in range(options.prompts)]
         return {name: median(row[name] for row in rows) for name in rows[0]}
 
     return run

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,17 @@ class QuireServer:
         self.group = Frozen(process)
 
     def wait_ready(self) -> None:
-        """Until /readyz says so. Raises RuntimeError when it ends or takes too long."""
+        """Until all of its workers are. Raises RuntimeError when it ends or takes too long."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self.group.process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"{self.url}/readyz", timeout=10):
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.url}/startupz", timeout=10) as reply,
+            ):
+                progress = json.load(reply)
+                if progress["workers_ready"] == progress["workers"]:
                     return
-            except (urllib.error.HTTPError, OSError):
-                time.sleep(POLL_S)
+            time.sleep(POLL_S)
         raise RuntimeError(f"{self.name} did not become ready")
 
     def close(self) -> None:
