@@ -170,6 +170,12 @@ def test_secrets_exist_with_their_keys_and_are_no_arguments(rendered) -> None:
                 assert value not in str(config["data"])
 
 
+def test_only_who_reads_models_knows_the_hugging_face_token(rendered) -> None:
+    for name, _, container in containers(rendered):
+        knows = any(variable["name"] == "HF_TOKEN" for variable in container["env"])
+        assert not (knows and name.endswith(("-router", "-test")))
+
+
 def test_accounts_exist_and_who_asks_kubernetes_may(rendered) -> None:
     asks = "kubernetes_service:" in rendered.text
     slices = {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"],

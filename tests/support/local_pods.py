@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -27,6 +28,8 @@ ENTRYPOINT = str(Path(sys.executable).parent / "quire")
 """What the images start."""
 FIRST_ADDRESS = 16
 CPUS = "1"
+_SUBNETS = itertools.count(77)
+"""Each release has its own: several run at a time."""
 MOUNTS = "/mnt"
 """Where a pod of its own mounts has its volumes, /tmp excepted."""
 
@@ -215,14 +218,15 @@ class LocalRelease:
         self.render = render
         self.folder = folder
         self.hosts: Path | None = None
-        self.subnet = "127.0.79" if names else "127.0.77"
+        self.subnet = f"127.0.{next(_SUBNETS)}"
         self._used = 0
         self.pods: dict[str, LocalPod] = {}
         for workload in render.workloads:
             for number in range(workload["spec"]["replicas"]):
                 self._add_replica(workload, number)
         if names:
-            lines = [f"{pod.address} {name}" for pod in self.pods.values() for name in _names(pod)]
+            named = [(pod, name) for pod in self.pods.values() for name in _names(pod)]
+            lines = [f"{pod.address} {name} {name.removesuffix('.svc')}" for pod, name in named]
             self.hosts = folder / "hosts"
             self.hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
 
