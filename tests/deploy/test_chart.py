@@ -13,6 +13,7 @@ from manifests import (
     CHART,
     CUSTOM,
     EXAMPLES,
+    GROUPS,
     RELEASE,
     VALUE_SETS,
     helm,
@@ -115,6 +116,20 @@ def test_the_generated_files_are_current() -> None:
             "roles.unified.autoscaling.maxReplicas=2",
             "a fixed number of pods",
         ),
+        ("engine.hosts=2", "tensorParallel 1 cannot be split evenly over 2 pods"),
+        ("engine.hosts=0", "hosts"),
+        (
+            "engine.hosts=2,engine.tensorParallel=2,engine.workload=Deployment,discovery=kubernetes",
+            "pods of a Deployment are no group",
+        ),
+        (
+            "engine.hosts=2,engine.tensorParallel=2,ray.enabled=true",
+            "a LeaderWorkerSet needs no Ray",
+        ),
+        (
+            "roles.unified.hosts=2,engine.tensorParallel=2",
+            f"the cluster does not know {GROUPS}",
+        ),
         ("gateway.httpRoute.enabled=true", "parentRefs"),
         ("gateway.inferencePool.enabled=true", "endpointPicker"),
         (
@@ -130,7 +145,8 @@ def test_the_generated_files_are_current() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_by_name(setting, said) -> None:
-    done = helm("template", RELEASE, str(CHART), "--set", setting)
+    known = [] if GROUPS in said else ["--api-versions", GROUPS]
+    done = helm("template", RELEASE, str(CHART), "--set", setting, *known)
     assert done.returncode != 0
     assert said in done.stderr
 
@@ -172,6 +188,18 @@ def test_a_pod_has_as_many_gpus_as_share_the_model() -> None:
     config = rendered.named("ConfigMap", f"{RELEASE}-quire-unified")["data"]["worker.yaml"]
     options = yaml.safe_load(config)
     assert (options["device"], options["tensor_parallel_size"]) == ("cuda", 2)
+
+
+def test_the_gpus_of_a_replica_are_shared_out_over_its_pods() -> None:
+    rendered = render(
+        sets=("engine.accelerator=nvidia", "engine.tensorParallel=8", "engine.hosts=4")
+    )
+    group = rendered.named("LeaderWorkerSet", f"{RELEASE}-quire-unified")
+    assert group["spec"]["leaderWorkerTemplate"]["size"] == 4
+    for pod in pod_templates(group):
+        (container,) = pod["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert not rendered.named("StatefulSet", f"{RELEASE}-quire-unified")
 
 
 def test_a_start_may_take_as_long_as_the_model_is_large() -> None:

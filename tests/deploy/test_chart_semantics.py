@@ -6,7 +6,7 @@ import re
 
 import pytest
 import yaml
-from manifests import NAMESPACE, VALUE_SETS, Render, render
+from manifests import NAMESPACE, VALUE_SETS, Render, pod_templates, render
 
 from quire.config.fleet import fleet_from
 from quire.config.transfer import TransferConfig
@@ -47,6 +47,11 @@ def containers(rendered: Render):
             yield name, pod["spec"], container
 
 
+def is_follower(spec: dict) -> bool:
+    """A pod of a group that is not the leader: it runs ranks for that, and is not called."""
+    return "--master-addr=$(LWS_LEADER_ADDRESS)" in spec["containers"][0].get("args", ())
+
+
 def asked(probe: dict) -> dict:
     """What a probe asks, over HTTP or by connecting."""
     return probe.get("httpGet") or probe["tcpSocket"]
@@ -67,7 +72,7 @@ def test_objects_are_named_once_and_live_in_the_releases_namespace(rendered) -> 
 
 
 def test_selectors_choose_their_own_pods_and_no_others(rendered) -> None:
-    for workload in rendered.workloads:
+    for workload in rendered.of("Deployment", "StatefulSet"):
         selector = workload["spec"]["selector"]["matchLabels"]
         chosen = [n for n, p in rendered.pods if is_subset(selector, p["metadata"]["labels"])]
         assert chosen == [workload["metadata"]["name"]]
@@ -93,7 +98,9 @@ def test_named_ports_exist(rendered) -> None:
         for _, pod in rendered.pods:
             if is_subset(service["spec"]["selector"], pod["metadata"]["labels"]):
                 known = {p["name"] for c in pod["spec"]["containers"] for p in c["ports"]}
-                assert {p["targetPort"] for p in service["spec"]["ports"]} <= known
+                targets = {p["targetPort"] for p in service["spec"]["ports"]}
+                # a pod without a Service's port has a name by it, and is no endpoint of it
+                assert targets & known == (set() if is_follower(pod["spec"]) else targets)
     for _, _, container in containers(rendered):
         known = {p["name"] for p in container.get("ports", ())}
         for probe in PROBES:
@@ -102,7 +109,7 @@ def test_named_ports_exist(rendered) -> None:
     for policy in rendered.of("NetworkPolicy"):
         selector = policy["spec"]["podSelector"]["matchLabels"]
         for _, pod in rendered.pods:
-            if is_subset(selector, pod["metadata"]["labels"]):
+            if is_subset(selector, pod["metadata"]["labels"]) and not is_follower(pod["spec"]):
                 ports = [p for c in pod["spec"]["containers"] for p in c["ports"]]
                 known = {p["name"] for p in ports} | {p["containerPort"] for p in ports}
                 for rule in policy["spec"]["ingress"]:
@@ -163,6 +170,12 @@ def test_secrets_exist_with_their_keys_and_are_no_arguments(rendered) -> None:
                 assert value not in str(config["data"])
 
 
+def test_only_who_reads_models_knows_the_hugging_face_token(rendered) -> None:
+    for name, _, container in containers(rendered):
+        knows = any(variable["name"] == "HF_TOKEN" for variable in container["env"])
+        assert not (knows and name.endswith(("-router", "-test")))
+
+
 def test_accounts_exist_and_who_asks_kubernetes_may(rendered) -> None:
     asks = "kubernetes_service:" in rendered.text
     slices = {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"],
@@ -202,6 +215,9 @@ def test_three_probes_and_a_start_that_may_take_long(rendered) -> None:
     for _, spec, container in containers(rendered):
         if spec.get("restartPolicy") == "Never":
             continue  # the test
+        if is_follower(spec):
+            assert not set(PROBES) & set(container), "nothing answers there"
+            continue
         probes = [container[p] for p in PROBES]
         seen = [(str(asked(p)), p["periodSeconds"], p["failureThreshold"]) for p in probes]
         assert len(set(seen)) == 3
@@ -300,7 +316,7 @@ def test_what_is_scaled_has_no_replicas(rendered) -> None:
         assert ("replicas" in workload["spec"]) == (name not in scaled)
     for name, o in scaled.items():
         target = o["spec"]["scaleTargetRef"]
-        assert rendered.named(target["kind"], name)
+        assert rendered.named(target["kind"], name)["apiVersion"] == target["apiVersion"]
         for trigger in o["spec"].get("triggers", ()):
             assert trigger["metadata"]["query"].startswith("sum("), "KEDA wants one number"
 
@@ -316,8 +332,9 @@ def test_a_budget_lets_pods_move(rendered) -> None:
 
 
 def test_workers_are_reached_by_names_that_exist(rendered) -> None:
-    """A gateway's and a router's list against the StatefulSets and their services."""
-    sets = {w["metadata"]["name"]: w for w in rendered.workloads if w["kind"] == "StatefulSet"}
+    """A gateway's and a router's list against the StatefulSets, the groups, and their services."""
+    named = rendered.of("StatefulSet", "LeaderWorkerSet")
+    sets = {w["metadata"]["name"]: w for w in named}
     certificates = [s for s in rendered.of("Secret") if s.get("type") == "kubernetes.io/tls"]
     for config in rendered.of("ConfigMap"):
         for content in config.get("data", {}).values():
@@ -337,7 +354,8 @@ def test_workers_are_reached_by_names_that_exist(rendered) -> None:
                     pod, service, namespace, _ = host.split(".")
                     workload, number = pod.rsplit("-", 1)
                     assert key == "router" or name == pod
-                    assert sets[workload]["spec"]["serviceName"] == service
+                    # a group's is called as it is, where its subdomain is shared
+                    assert sets[workload]["spec"].get("serviceName", workload) == service
                     assert namespace == NAMESPACE
                     service_ports = rendered.named("Service", service)["spec"]["ports"]
                     assert int(port) in [p["port"] for p in service_ports]
@@ -350,13 +368,8 @@ def test_only_the_gateway_is_open(rendered) -> None:
     policies = {}
     for policy in rendered.of("NetworkPolicy"):
         assert policy["spec"]["policyTypes"] == ["Ingress"]
-        policies[policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]] = (
-            policy
-        )
-    for workload in rendered.workloads:
-        component = workload["spec"]["template"]["metadata"]["labels"][
-            "app.kubernetes.io/component"
-        ]
+        policies[policy["spec"]["podSelector"]["matchLabels"][COMPONENT]] = policy
+    for component in {t["metadata"]["labels"][COMPONENT] for _, t in rendered.pods} - {"test"}:
         rules = policies[component]["spec"]["ingress"]
         if component != "gateway":
             assert all(rule.get("from") for rule in rules), "from everywhere"
@@ -380,8 +393,38 @@ def test_every_rank_of_a_pod_is_reached(rendered) -> None:
             ranges = {
                 (port["port"], port["endPort"])
                 for rule in policy["spec"]["ingress"]
-                for port in rule["ports"]
+                for port in rule.get("ports", ())
                 if "endPort" in port
             }
             firsts = (options["kv_tcp_port"], options["kv_grpc_port"])
             assert ranges == {(first, first + size - 1) for first in firsts}
+
+
+def test_a_group_is_one_replica(rendered) -> None:
+    """As many ranks in each pod; who is lost takes the others along; the leader alone is called."""
+    for group in rendered.of("LeaderWorkerSet"):
+        name, made = group["metadata"]["name"], group["spec"]["leaderWorkerTemplate"]
+        options = yaml.safe_load(rendered.named("ConfigMap", name)["data"]["worker.yaml"])
+        leader, follower = (t["spec"] for t in pod_templates(group))
+        assert made["restartPolicy"] == "RecreateGroupOnPodRestart"
+        assert group["spec"]["startupPolicy"] == "LeaderCreated", "it is ready when all are"
+        for spec, master in ((leader, "$(POD_IP)"), (follower, "$(LWS_LEADER_ADDRESS)")):
+            (container,) = spec["containers"]
+            assert {"--nnodes=$(LWS_GROUP_SIZE)", "--node-rank=$(LWS_WORKER_INDEX)",
+                    f"--master-addr={master}"} < set(container["args"])  # fmt: skip
+            gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+            assert gpus * made["size"] == options["tensor_parallel_size"]
+        ports = {p["name"]: p["containerPort"] for p in leader["containers"][0]["ports"]}
+        assert ports["ranks"] == options["master_port"]
+        only_leader = {"grpc", "status", "ranks"}
+        assert {p["name"] for p in follower["containers"][0]["ports"]} == set(ports) - only_leader
+        same = ("terminationGracePeriodSeconds", "volumes", "securityContext", "serviceAccountName")
+        assert [leader[key] for key in same] == [follower[key] for key in same]
+        assert leader["containers"][0]["env"] == follower["containers"][0]["env"]
+
+
+def test_pods_of_a_group_reach_each_other_at_any_port(rendered) -> None:
+    for group in rendered.of("LeaderWorkerSet"):
+        policy = rendered.named("NetworkPolicy", group["metadata"]["name"])
+        own = {"podSelector": policy["spec"]["podSelector"]}
+        assert {"from": [own]} in policy["spec"]["ingress"]

@@ -205,4 +205,4 @@ def test_the_cpu_image_serves_the_demo_model(container) -> None:
             assert json.load(answer)["choices"][0]["finish_reason"] == "length"
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        server.communicate(timeout=60)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -16,9 +18,10 @@ from local_pods import LocalPod, LocalRelease
 from manifests import EXAMPLES, RELEASE, render
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
+LEADER, FOLLOWER = f"{RELEASE}-quire-unified-0", f"{RELEASE}-quire-unified-0-1"
 LONG = 1800
 """Tokens that take longer than Ray to end on a node."""
 
@@ -94,7 +97,15 @@ def test_helm_test_passes(release) -> None:
 def test_prompts_move_from_the_prefill_pod_to_decode_pods(release) -> None:
     Stream(release, 20).start().finish()
     moved = 'quire_prompt_tokens_by_source_total{.*source="external_kv_transfer".*}'
-    assert sum(metric(release, pod, moved) for pod in release.of("decode")) > 64
+    wait_until(lambda: sum(metric(release, pod, moved) for pod in release.of("decode")) > 64)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """A client may have its last token before its worker has counted it. Raises AssertionError."""
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_who_does_not_know_the_token_gets_no_metrics(release) -> None:
@@ -155,6 +166,60 @@ def test_pods_with_certificates_find_each_other_by_name(tmp_path) -> None:
         address = f"{decode.address}:{decode.port('grpc')}"
         with grpc.insecure_channel(address) as plain, pytest.raises(grpc.FutureTimeoutError):
             grpc.channel_ready_future(plain).result(timeout=2)
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory) -> Iterator[LocalRelease]:
+    """A model over two pods, a rank in each, with router and gateway."""
+    path = next(path for path in EXAMPLES if path.stem == "kind-cpu")
+    rendered = render(
+        path,
+        sets=(
+            "roles.prefill.replicas=0", "roles.unified.replicas=1", "roles.decode.replicas=0",
+            "engine.tensorParallel=2", "engine.hosts=2",
+        ),
+    )  # fmt: skip
+    with LocalRelease(rendered, tmp_path_factory.mktemp("group")) as release:
+        for pod in release.pods.values():
+            pod.start()
+        release.pods[LEADER].wait_for("startupProbe")
+        for role in ("router", "gateway"):
+            release.of(role)[0].wait_for("readinessProbe")
+        yield release
+
+
+def test_a_model_over_two_pods_is_served_by_their_leader(group) -> None:
+    assert set(group.pods) > {LEADER, FOLLOWER}
+    assert group.run_test_pod().returncode == 0
+    Stream(group, 20).start().finish()
+    leader = group.pods[LEADER]
+    wait_until(lambda: metric(group, leader, "quire_generation_tokens_total{.*}") >= 36)
+    for pod in group.pods.values():
+        assert pod.process.poll() is None
+        assert "warning:" not in pod.log, pod.log
+    with socket.socket() as sock:
+        address = (group.pods[FOLLOWER].address, leader.port("grpc"))
+        assert sock.connect_ex(address), "nobody is to ask there"
+
+
+def test_a_pod_of_a_group_that_is_lost_ends_the_group_which_made_anew_serves_again(group) -> None:
+    leader, follower = group.pods[LEADER], group.pods[FOLLOWER]
+    follower.kill()
+    assert leader.process.wait(30) != 0, "its container is started again, which recreates the group"
+    for pod in (follower, leader):
+        pod.start()
+    leader.wait_for("readinessProbe")
+    Stream(group, 20).start().finish()
+
+
+def test_a_group_that_is_told_to_end_finishes_what_it_has(group) -> None:
+    """Kubernetes tells all pods of a group at once."""
+    leader, follower = group.pods[LEADER], group.pods[FOLLOWER]
+    stream = Stream(group, 400).start()
+    follower.process.send_signal(signal.SIGTERM)
+    assert leader.terminate() == 0, leader.log
+    stream.finish()
+    assert follower.process.wait(10) == 0
 
 
 @pytest.fixture(scope="module")

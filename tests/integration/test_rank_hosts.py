@@ -25,12 +25,16 @@ from tiny_models import build
 
 from quire.config.cluster import ClusterConfig
 from quire.config.engine import EngineConfig
+from quire.config.transfer import TransferConfig
 from quire.coordinator import files
 from quire.engine.engine import Engine
 from quire.engine.loop import EngineLoop
 from quire.engine.parallel import node
 from quire.engine.parallel.gang import RankFailed
+from quire.engine.parallel.kv import GangRanks
 from quire.engine.parallel.spread import Spread
+from quire.transfer.layout import BlockLayout, Shard
+from quire.transfer.negotiate import Identity
 
 TOKEN = "of the tests"
 OPTIONS = {"device": "cpu", "kv_cache_memory_bytes": 8 << 20, "num_threads": 1, "max_num_seqs": 8}
@@ -91,9 +95,9 @@ def other_host(spread: Spread, folder: Path, **changes):
 
 
 @contextmanager
-def engine_on_two_hosts(folder: Path, cluster: ClusterConfig, degree: int = 2):
+def engine_on_two_hosts(folder: Path, cluster: ClusterConfig, degree: int = 2, **changes: str):
     spread = Spread(2, "127.0.0.1", free_port(), cluster)
-    with other_host(spread, folder, degree=degree) as host:
+    with other_host(spread, folder, degree=degree, **changes) as host:
         config = EngineConfig(model=str(folder), tensor_parallel_size=degree, **OPTIONS)
         engine = Engine.load(config, lambda _: None, spread)
         try:
@@ -158,6 +162,26 @@ def test_a_lost_rank_of_another_host_ends_all(folder, cluster, number, words) ->
         code, said = host.ended()
         assert code == (node.LOST if number == signal.SIGKILL else node.ENDED), said
         wait_gone([pid])
+
+
+def test_ranks_of_another_host_take_kv_blocks_under_the_name_that_it_advertises(
+    folder, cluster
+) -> None:
+    """Certificates are for names, and so a pod's address will not do."""
+    named = {"QUIRE_ADVERTISE": "decode-0-1.decode.models.svc:9000"}
+    with engine_on_two_hosts(folder, cluster, **named) as (engine, _):
+        model = engine.model
+        layout = BlockLayout.of(
+            model.runner.backend.layout,
+            model=model.fingerprint.hex(),
+            num_kv_heads=model.config.num_kv_heads,
+        )
+        identity = Identity(layout, Shard(0, 2), "decode-0", 1, 1.0, TOKEN)
+        config = TransferConfig(kv_host="0.0.0.0", cluster_token=TOKEN, kv_transports=("tcp",))
+        (peer,) = GangRanks(model.gang.calls).start(config, identity, lambda *_: None)
+        ((transport, address),) = peer.listeners
+        assert transport == "tcp"
+        assert address.rpartition(":")[0] == "decode-0-1.decode.models.svc"
 
 
 @pytest.mark.parametrize(

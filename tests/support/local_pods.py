@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -21,12 +22,14 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from manifests import NAMESPACE, ROOT, Render
+from manifests import NAMESPACE, ROOT, Render, pod_templates
 
 ENTRYPOINT = str(Path(sys.executable).parent / "quire")
 """What the images start."""
 FIRST_ADDRESS = 16
 CPUS = "1"
+_SUBNETS = itertools.count(77)
+"""Each release has its own: several run at a time."""
 MOUNTS = "/mnt"
 """Where a pod of its own mounts has its volumes, /tmp excepted."""
 
@@ -41,6 +44,8 @@ class LocalPod:
     folder: Path
     release: LocalRelease
     number: int = 0
+    injected: dict[str, str] = field(default_factory=dict)
+    """Environment that whoever makes the pod adds to that of its template."""
     process: subprocess.Popen | None = None
     files: dict[str, Path] = field(default_factory=dict)
     """Path of a mount -> the volume's folder, as the process sees it."""
@@ -105,7 +110,7 @@ class LocalPod:
             else:
                 value = variable["value"]
             made[variable["name"]] = self._here(value)
-        return made
+        return made | {name: self._here(value) for name, value in self.injected.items()}
 
     def _mount(self) -> None:
         volumes = {v["name"]: v for v in self.spec["volumes"]}
@@ -213,26 +218,42 @@ class LocalRelease:
         self.render = render
         self.folder = folder
         self.hosts: Path | None = None
-        self.subnet = "127.0.79" if names else "127.0.77"
+        self.subnet = f"127.0.{next(_SUBNETS)}"
         self._used = 0
         self.pods: dict[str, LocalPod] = {}
         for workload in render.workloads:
-            name, template = workload["metadata"]["name"], workload["spec"]["template"]
             for number in range(workload["spec"]["replicas"]):
-                stateful = workload["kind"] == "StatefulSet"
-                pod = f"{name}-{number}" if stateful else f"{name}-x{number}"
-                self._add(pod, template)
+                self._add_replica(workload, number)
         if names:
-            lines = [f"{pod.address} {name}" for pod in self.pods.values() for name in _names(pod)]
+            named = [(pod, name) for pod in self.pods.values() for name in _names(pod)]
+            lines = [f"{pod.address} {name} {name.removesuffix('.svc')}" for pod, name in named]
             self.hosts = folder / "hosts"
             self.hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
 
-    def _add(self, name: str, template: dict) -> None:
+    def _add_replica(self, workload: dict, number: int) -> None:
+        name, (template, *others) = workload["metadata"]["name"], pod_templates(workload)
+        separator = "-x" if workload["kind"] == "Deployment" else "-"
+        pod = f"{name}{separator}{number}"
+        if not others:
+            self._add(pod, template)
+            return
+        size = workload["spec"]["leaderWorkerTemplate"]["size"]
+        for index in range(size):
+            group = {
+                "LWS_LEADER_ADDRESS": f"{pod}.{name}.{NAMESPACE}",
+                "LWS_GROUP_SIZE": str(size),
+                "LWS_WORKER_INDEX": str(index),
+            }
+            self._add(f"{pod}-{index}" if index else pod, others[0] if index else template, group)
+
+    def _add(self, name: str, template: dict, injected: dict[str, str] | None = None) -> None:
         address = f"{self.subnet}.{FIRST_ADDRESS + self._used}"
         self._used += 1
         for number, container in enumerate(template["spec"]["containers"]):
             key = f"{name}/{container['name']}" if number else name
-            self.pods[key] = LocalPod(name, address, template, self.folder / name, self, number)
+            self.pods[key] = LocalPod(
+                name, address, template, self.folder / name, self, number, injected or {}
+            )
 
     def of(self, role: str) -> list[LocalPod]:
         return [pod for pod in self.pods.values() if pod.role == role]
@@ -245,6 +266,7 @@ class LocalRelease:
         for pod in self.pods.values():
             if self.hosts is None:
                 text = text.replace(_names(pod)[0], pod.address)
+                text = text.replace(_names(pod)[0].removesuffix(".svc"), pod.address)
         for service in self.render.of("Service"):
             name = f"//{service['metadata']['name']}.{NAMESPACE}.svc:"
             if name in text:
@@ -282,7 +304,8 @@ def _descendants(pid: int) -> list[int]:
 
 def _names(pod: LocalPod) -> list[str]:
     """In DNS: its own, by its headless service, and that service's."""
-    service = f"{pod.name.rpartition('-')[0]}.{NAMESPACE}.svc"
+    parts = 2 if int(pod.injected.get("LWS_WORKER_INDEX", 0)) else 1
+    service = f"{pod.name.rsplit('-', parts)[0]}.{NAMESPACE}.svc"
     return [f"{pod.name}.{service}", service]
 
 

@@ -22,6 +22,8 @@ CUSTOM = {path.stem: json.loads(path.read_text()) for path in SCHEMAS.glob("*.js
 """Kinds that are no part of Kubernetes, by the schemas kept there."""
 NAMESPACE = "models"
 RELEASE = "q"
+GROUPS = "leaderworkerset.x-k8s.io/v1"
+"""An API that the cluster of all renders has."""
 TIMEOUT_S = 60
 
 
@@ -58,13 +60,13 @@ class Render:
 
     @property
     def workloads(self) -> list[dict]:
-        """Objects with a pod template, those of Deployments and StatefulSets."""
-        return self.of("Deployment", "StatefulSet")
+        """Objects that keep a number of replicas, each of one pod or of a group."""
+        return self.of("Deployment", "StatefulSet", "LeaderWorkerSet")
 
     @property
     def pods(self) -> list[tuple[str, dict]]:
         """(name, pod template) of every pod there is, the test's too."""
-        templates = [(w["metadata"]["name"], w["spec"]["template"]) for w in self.workloads]
+        templates = [(w["metadata"]["name"], t) for w in self.workloads for t in pod_templates(w)]
         for cluster in self.of("RayCluster"):
             groups = [group["groupName"] for group in cluster["spec"]["workerGroupSpecs"]]
             names = [f"{cluster['metadata']['name']}-{each}" for each in ("coordinator", *groups)]
@@ -72,11 +74,15 @@ class Render:
         return templates + [(p["metadata"]["name"], p) for p in self.of("Pod")]
 
 
-def pod_templates(custom: dict) -> list[dict]:
-    """Of a RayCluster, the head's first: its schema leaves them to that of pods."""
-    spec = custom["spec"]
-    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if "headGroupSpec" in spec else []
-    return [group["template"] for group in groups]
+def pod_templates(each: dict) -> list[dict]:
+    """The pods of an object that makes some, of a group the leader's first."""
+    spec = each["spec"]
+    if each["kind"] == "RayCluster":
+        return [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    if each["kind"] == "LeaderWorkerSet":
+        group = spec["leaderWorkerTemplate"]
+        return [group["leaderTemplate"], group["workerTemplate"]]
+    return [spec["template"]] if each["kind"] in ("Deployment", "StatefulSet") else []
 
 
 _renders: dict[tuple, Render] = {}
@@ -89,8 +95,9 @@ def render(*files: Path, sets: tuple[str, ...] = (), kube: str = "1.33.0") -> Re
         args = [arg for file in files for arg in ("-f", str(file))]
         args += [arg for each in sets for arg in ("--set", each)]
         done = helm(
-            "template", RELEASE, str(CHART), "--namespace", NAMESPACE, "--kube-version", kube, *args
-        )
+            "template", RELEASE, str(CHART), "--namespace", NAMESPACE, "--kube-version", kube,
+            "--api-versions", GROUPS, *args,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         _renders[key] = Render(done.stdout)
     return _renders[key]

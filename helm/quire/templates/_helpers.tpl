@@ -154,6 +154,10 @@ engine, with replicas and the highest number of them worked out.
 {{- fail (printf "roles.%s.workload: pods of a Deployment have no names: it needs discovery kubernetes, and goes without cluster.tls and ray" $role) -}}
 {{- end -}}
 {{- end -}}
+{{- if gt ($settings.hosts | int) 1 -}}
+{{- include "quire.checkGroup" (dict "root" $ "role" $role "settings" $settings) -}}
+{{- $_ := set $settings "workload" "LeaderWorkerSet" -}}
+{{- end -}}
 {{- $_ := set $settings "replicas" ($replicas | int) -}}
 {{- $_ := set $settings "most" ($most | int) -}}
 {{- $_ := set $settings "scaled" (ternary true false (eq $scaled true)) -}}
@@ -327,11 +331,13 @@ cluster_tls_ca: /etc/quire-tls/ca.crt
 {{- end -}}
 
 {{- /*
-Failures of a 5 s start-up probe: 2 minutes, the time to fetch and read the weights, and with Ray 10
-minutes for its head to be there.
+Failures of a 5 s start-up probe: 2 minutes, the time to fetch and read the weights, and 10 minutes
+for what else must be there first: Ray's head, or the other hosts of a replica.
 */ -}}
 {{- define "quire.startupFailures" -}}
-{{- $seconds := add 120 (ternary 600 0 .Values.ray.enabled) (divf (mulf .Values.model.sizeGiB 1024) .Values.model.loadMiBPerSecond | ceil | int) -}}
+{{- $others := or .root.Values.ray.enabled (gt (.settings.hosts | int) 1) -}}
+{{- $model := .root.Values.model -}}
+{{- $seconds := add 120 (ternary 600 0 $others) (divf (mulf $model.sizeGiB 1024) $model.loadMiBPerSecond | ceil | int) -}}
 {{- div (add $seconds 4) 5 -}}
 {{- end -}}
 

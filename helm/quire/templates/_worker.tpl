@@ -19,6 +19,9 @@ log_format: json
 kv_host: 0.0.0.0
 kv_tcp_port: 9200
 kv_grpc_port: 9300
+{{- if gt ($pool.hosts | int) 1 }}
+master_port: 29501
+{{- end }}
 {{ include "quire.tlsOptions" $root }}
 {{- with $pool.transfer }}
 {{ toYaml . }}
@@ -42,7 +45,7 @@ kv_grpc_port: 9300
 {{- define "quire.workerResources" -}}
 {{- $resources := deepCopy .settings.resources -}}
 {{- $extra := dict -}}
-{{- if eq .settings.accelerator "nvidia" -}}{{- $_ := set $extra "nvidia.com/gpu" (.settings.tensorParallel | int) -}}{{- end -}}
+{{- if eq .settings.accelerator "nvidia" -}}{{- $_ := set $extra "nvidia.com/gpu" (include "quire.ranksPerPod" .settings | int) -}}{{- end -}}
 {{- if .settings.rdma.enabled -}}{{- $_ := set $extra .settings.rdma.resource .settings.rdma.count -}}{{- end -}}
 {{- range $part := list "requests" "limits" -}}
 {{- $_ := set $resources $part (merge (get $resources $part | default dict) (deepCopy $extra)) -}}
@@ -51,13 +54,15 @@ kv_grpc_port: 9300
 {{- end -}}
 
 {{- /*
-Metadata and specification of a worker pod; call with (dict "root" $ "component" role "settings" pool).
-Without Ray it runs one engine; with Ray it is a node, on which the coordinator has one started.
+Metadata and specification of a worker pod; call with (dict "root" $ "component" role "settings" pool),
+and with "follows" true for a pod of a group that is not the leader: it runs further ranks for that.
+Without Ray a pod runs one engine; with Ray it is a node, on which the coordinator has one started.
 */ -}}
 {{- define "quire.workerPod" -}}
 {{- $pool := .settings -}}
 {{- $ray := .root.Values.ray.enabled -}}
-{{- $shm := or $ray (gt (int $pool.tensorParallel) 1) -}}
+{{- $shm := or $ray (gt (include "quire.ranksPerPod" $pool | int) 1) -}}
+{{- $group := eq $pool.workload "LeaderWorkerSet" -}}
 metadata:
   labels:
     {{- include "quire.podLabels" . | nindent 4 }}
@@ -86,7 +91,13 @@ spec:
         - worker
         - --config=/etc/quire/worker.yaml
         - --worker-name=$(POD_NAME)
-        - --advertise={{ ternary (printf "$(POD_NAME).%s" (include "quire.domain" .)) "$(POD_IP)" (eq $pool.workload "StatefulSet") }}:9000
+        - --advertise={{ ternary "$(POD_IP)" (printf "$(POD_NAME).%s" (include "quire.domain" .)) (eq $pool.workload "Deployment") }}:9000
+        {{- if $group }}
+        - --nnodes=$(LWS_GROUP_SIZE)
+        - --node-rank=$(LWS_WORKER_INDEX)
+        # the leader's own name may not be in DNS yet when it starts to listen
+        - --master-addr={{ ternary "$(LWS_LEADER_ADDRESS)" "$(POD_IP)" (eq .follows true) }}
+        {{- end }}
         {{- end }}
       env:
         - name: POD_NAME
@@ -103,7 +114,7 @@ spec:
         {{- include "quire.rayEnv" .root | nindent 8 }}
         {{- else }}
         {{- include "quire.tokenEnv" .root | nindent 8 }}
-        {{- if eq $pool.workload "Deployment" }}
+        {{- if has $pool.workload (list "Deployment" "LeaderWorkerSet") }}
         - name: POD_IP
           valueFrom: {fieldRef: {fieldPath: status.podIP}}
         {{- end }}
@@ -113,16 +124,22 @@ spec:
         {{- toYaml . | nindent 8 }}
         {{- end }}
       ports:
-        - {name: grpc, containerPort: 9000}
         # of the first rank; the others' follow
         - {name: kv-tcp, containerPort: 9200}
         - {name: kv-grpc, containerPort: 9300}
+        {{- if eq .follows true }}
+      # no probes: the leader hears from it every second, and ends the group when it does not
+        {{- else }}
+        - {name: grpc, containerPort: 9000}
         - {name: status, containerPort: 9090}
+        {{- if $group }}
+        - {name: ranks, containerPort: 29501}
+        {{- end }}
       startupProbe:
         httpGet: {path: /readyz, port: status}
         periodSeconds: 5
         timeoutSeconds: 3
-        failureThreshold: {{ include "quire.startupFailures" .root }}
+        failureThreshold: {{ include "quire.startupFailures" . }}
       livenessProbe:
         httpGet: {path: /healthz, port: status}
         periodSeconds: 10
@@ -133,6 +150,7 @@ spec:
         periodSeconds: 3
         timeoutSeconds: 3
         failureThreshold: 2
+        {{- end }}
       securityContext:
         {{- include "quire.workerSecurity" . | nindent 8 }}
       resources:

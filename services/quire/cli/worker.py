@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     engine, worker = resolved.get(EngineConfig), resolved.get(WorkerConfig)
     require_token(COMMAND, worker.listen, resolved.get(TransferConfig))
     transfer = _transfer(resolved)
-    spread = _spread(resolved)
+    spread = _spread(resolved, transfer)
     if worker.node_rank and spread is not None:
         from quire.engine.parallel import node
 
@@ -76,17 +76,17 @@ def run(argv: Sequence[str]) -> int:
     os._exit(code)
 
 
-def _spread(resolved: Resolved) -> Spread | None:
+def _spread(resolved: Resolved, transfer: TransferConfig) -> Spread | None:
     """None for a replica of one host. Raises UsageError."""
     engine, worker = resolved.get(EngineConfig), resolved.get(WorkerConfig)
-    transfer = resolved.get(TransferConfig)
     if worker.nnodes == 1:
         return None
     from quire.engine.parallel.spread import Spread
 
     require_token(COMMAND, f"{worker.master_addr}:{worker.master_port}", transfer)
     cluster = ClusterConfig(**{f.name: getattr(transfer, f.name) for f in fields(ClusterConfig)})
-    spread = Spread(worker.nnodes, worker.master_addr, worker.master_port, cluster)
+    known_as = transfer.kv_advertised_host if worker.node_rank else None
+    spread = Spread(worker.nnodes, worker.master_addr, worker.master_port, cluster, known_as)
     try:
         spread.ranks_of(0, engine.tensor_parallel_size)
     except ValueError as error:

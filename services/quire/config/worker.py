@@ -19,7 +19,8 @@ class WorkerConfig:
     """Address of its gRPC services, host:port or unix:/path. Beyond loopback a cluster token is
     required."""
     advertise: str | None = option(None, "worker")
-    """Address under which other processes reach it; the one it listens on by default."""
+    """Address under which other processes reach it; the one it listens on by default. Of a host
+    beyond the first its host part counts, for KV blocks."""
     worker_name: str | None = option(None, "worker")
     """Name in logs and transfers, stable over restarts; the host's name by default."""
     role: str = option("both", "worker", choices=ROLES)
@@ -32,7 +33,7 @@ class WorkerConfig:
 
     nnodes: int = option(1, "worker")
     """Hosts that the ranks of this replica run on, as many on each: `quire worker` is started on
-    every one of them, with the same options but for node_rank."""
+    every one of them, with the same options but for node_rank and advertise."""
     node_rank: int = option(0, "worker")
     """This host among them. Host 0 serves; the others run ranks for it and end with it."""
     master_addr: str = option("127.0.0.1", "worker")

@@ -19,6 +19,7 @@ from quire.config.transfer import TransferConfig
 from quire.engine.parallel import greeting
 from quire.engine.parallel.calls import Calls, answer_to
 from quire.engine.parallel.channel import Channel, Kind
+from quire.engine.parallel.duties import OwnHost
 from quire.engine.parallel.kv import config_of
 
 
@@ -196,8 +197,9 @@ def test_a_rank_that_cannot_says_why() -> None:
     ("kv_host", "own_host", "listens", "advertised"),
     [
         ("10.0.0.1", None, "10.0.0.1", None),
-        ("10.0.0.1", "10.0.0.2", "10.0.0.2", "10.0.0.2"),
-        ("0.0.0.0", "10.0.0.2", "0.0.0.0", "10.0.0.2"),
+        ("10.0.0.1", OwnHost("10.0.0.2", "10.0.0.2"), "10.0.0.2", "10.0.0.2"),
+        ("10.0.0.1", OwnHost("10.0.0.2", "pod-0-1.pods"), "10.0.0.2", "pod-0-1.pods"),
+        ("0.0.0.0", OwnHost("10.0.0.2", "pod-0-1.pods"), "0.0.0.0", "pod-0-1.pods"),
     ],
 )
 def test_each_rank_is_reached_for_kv_blocks_at_its_host(

@@ -120,7 +120,11 @@ def _resources() -> Schema:
 def _worker_settings() -> dict[str, Schema]:
     return {
         "accelerator": text("What computes.", "cpu", "nvidia"),
-        "tensorParallel": whole("GPUs of a pod that share the model, one process each.", 1),
+        "tensorParallel": whole("GPUs that share the model, one process each.", 1),
+        "hosts": whole(
+            "Pods of a replica, with as many of these processes in each. Several make a "
+            "LeaderWorkerSet, whose API the cluster must have.", 1,
+        ),
         "options": options(
             "Options of `quire worker`, as in docs/cli.md.",
             EngineConfig, LogConfig, except_for=(*FOLLOWS_ELSEWHERE, "log_format"),

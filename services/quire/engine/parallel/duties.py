@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quire.engine.parallel.calls import DROP_CACHE, answer_to
@@ -15,12 +16,20 @@ if TYPE_CHECKING:
     from quire.engine.runner.backend import Backend
 
 
+@dataclass(frozen=True)
+class OwnHost:
+    """Where a rank runs that is on another host than rank 0."""
+
+    address: str
+    known_as: str
+    """Name or address under which other pods reach it."""
+
+
 class Duties:
-    """`answer` sends to rank 0, from any thread; `own_host` is this rank's address where it is on
-    another host than rank 0."""
+    """`answer` sends to rank 0, from any thread; `own_host` is None on rank 0's host."""
 
     def __init__(
-        self, backend: Backend, answer: Callable[[bytes], None], own_host: str | None
+        self, backend: Backend, answer: Callable[[bytes], None], own_host: OwnHost | None
     ) -> None:
         self._backend, self._answer, self._own_host = backend, answer, own_host
         self._endpoint: RankEndpoint | None = None

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from quire.engine.parallel.calls import Calls
+    from quire.engine.parallel.duties import OwnHost
     from quire.engine.runner.backend import Backend
     from quire.transfer.group import Leg
     from quire.transfer.state import Event
@@ -97,7 +98,7 @@ class RankEndpoint:
     """A rank's endpoint, led by rank 0; see `duties` for the arguments."""
 
     def __init__(
-        self, backend: Backend, answer: Callable[[bytes], None], own_host: str | None = None
+        self, backend: Backend, answer: Callable[[bytes], None], own_host: OwnHost | None = None
     ) -> None:
         self._backend, self._answer, self._own_host = backend, answer, own_host
         self._endpoint: Endpoint | None = None
@@ -133,14 +134,17 @@ class RankEndpoint:
         self._answer(json.dumps({"ref": event.ref, "event": _words(event)}).encode())
 
 
-def config_of(config: TransferConfig, rank: int, own_host: str | None) -> TransferConfig:
+def config_of(config: TransferConfig, rank: int, own_host: OwnHost | None) -> TransferConfig:
     """The options of one rank, from rank 0's: fixed ports count up, on another host the address is
     that host's."""
-    listens = config.kv_host if own_host is None or config.kv_host in ANY_HOST else own_host
+    listens, known_as = config.kv_host, config.kv_advertised_host
+    if own_host is not None:
+        listens = config.kv_host if config.kv_host in ANY_HOST else own_host.address
+        known_as = own_host.known_as
     return replace(
         config,
         kv_host=listens,
-        kv_advertised_host=own_host or config.kv_advertised_host,
+        kv_advertised_host=known_as,
         kv_tcp_port=config.kv_tcp_port and config.kv_tcp_port + rank,
         kv_grpc_port=config.kv_grpc_port and config.kv_grpc_port + rank,
     )

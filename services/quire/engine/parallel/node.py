@@ -137,6 +137,7 @@ def _start(
                 master=(spread.host, spread.port),
                 secret=secret,
                 fingerprint=str(order["fingerprint"]),
+                known_as=spread.known_as,
                 cluster=spread.cluster,
                 log_level=str(order["log_level"]),
             )

@@ -37,6 +37,9 @@ class RankOptions:
     """That rank 0 knows it by."""
     fingerprint: str | None = None
     """Of rank 0's model files, where they are others than this process's."""
+    known_as: str | None = None
+    """Name or address under which other pods reach this host, where it is not rank 0's; the address
+    of its connection to rank 0 by default."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Certificates for the way to rank 0."""
     log_level: str = "warning"

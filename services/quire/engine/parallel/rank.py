@@ -88,10 +88,10 @@ def _receive(
     steps: queue.SimpleQueue[bytes | Exception],
 ) -> None:
     """Take in what rank 0 says, also while a step runs; ends with what it puts last."""
-    from quire.engine.parallel.duties import Duties
+    from quire.engine.parallel.duties import Duties, OwnHost
 
-    own_host = channel.host if options.node else None
-    duties = Duties(runner.backend, lambda answer: channel.send(Kind.CALL, answer), own_host)
+    own = OwnHost(channel.host, options.known_as or channel.host) if options.node else None
+    duties = Duties(runner.backend, lambda answer: channel.send(Kind.CALL, answer), own)
     try:
         while True:
             kind, payload = channel.receive()

@@ -20,6 +20,8 @@ class Spread:
     """There; 0 for any, when there are no others."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Token that the hosts know each other by, and certificates if it is to be encrypted."""
+    known_as: str | None = None
+    """Name or address under which other pods reach this host, where it is not rank 0's."""
 
     def ranks_of(self, node: int, size: int) -> range:
         """The ranks of a host, of `size` in all. Raises ValueError when they cannot be even."""
