@@ -372,6 +372,11 @@ GATEWAY_RESUBMISSIONS = CounterDeclaration(
         "aborted",
     ),),
 )  # fmt: skip
+GATEWAY_CHANGED_NUMERICS = CounterDeclaration(
+    name="quire_gateway_changed_numerics", unit="requests", component="gateway",
+    help="Requests that went on at a worker whose kernels round otherwise than those that their "
+    "tokens came from.",
+)  # fmt: skip
 GATEWAY_PLACEMENTS = CounterDeclaration(
     name="quire_gateway_placements", unit="requests", component="gateway",
     help="Requests sent to a worker, by what chose it: a router, or the least load when none did.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -74,6 +75,8 @@ class LoadedModel:
     max_model_len: int
     dtype: str
     device: str
+    numerics: str
+    """See `quire.kernels.numerics`; of all ranks."""
     gang: Gang | None = None
     """The other ranks, when there are any."""
 
@@ -110,6 +113,8 @@ class LoadedRank:
 
     runner: ModelRunner
     device: str
+    numerics: str
+    """Of all ranks."""
 
 
 def load_model(config: EngineConfig, report: Report, spread: Spread | None = None) -> LoadedModel:
@@ -137,7 +142,7 @@ def load_model(config: EngineConfig, report: Report, spread: Spread | None = Non
         gang.give_up(error)
         raise
     runner = ParallelRunner(rank.runner, gang)
-    return replace(loaded_model(choice, LoadedRank(runner, rank.device)), gang=gang)
+    return replace(loaded_model(choice, replace(rank, runner=runner)), gang=gang)
 
 
 def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
@@ -150,6 +155,7 @@ def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
         max_model_len=choice.max_model_len,
         dtype=choice.dtype,
         device=rank.device,
+        numerics=rank.numerics,
     )
 
 
@@ -192,7 +198,8 @@ def load_rank(choice: ModelChoice, place: Place, report: Report) -> LoadedRank:
     report(Startup("warm_up", f"{num_blocks} KV blocks"))
     backend.allocate(model, num_blocks)
     _warm_up(backend, choice.limits, num_blocks)
-    return LoadedRank(ModelRunner(backend, choice.limits, num_blocks), device.partition(":")[0])
+    runner = ModelRunner(backend, choice.limits, num_blocks)
+    return LoadedRank(runner, backend.device_type, _numerics(place.group, backend))
 
 
 def _least(group: Group, num_blocks: int) -> int:
@@ -200,6 +207,17 @@ def _least(group: Group, num_blocks: int) -> int:
     everyones = np.empty(group.size, np.int64)
     group.all_gather(everyones, np.array([num_blocks], np.int64))
     return int(everyones.min())
+
+
+def _numerics(group: Group, backend: Backend) -> str:
+    """The backend's on this rank, with a mark where other ranks have others."""
+    digest = hashlib.blake2b(backend.numerics.encode(), digest_size=8).digest()
+    everyones = np.empty(group.size, np.int64)
+    group.all_gather(everyones, np.frombuffer(digest, np.int64))
+    if (everyones == everyones[0]).all():
+        return backend.numerics
+    mark = hashlib.blake2b(everyones.tobytes(), digest_size=4).hexdigest()
+    return f"{backend.numerics}/ranks-{mark}"
 
 
 def _dtype(config: EngineConfig, model: ModelConfig) -> str:
