@@ -194,7 +194,7 @@ def load_rank(choice: ModelChoice, place: Place, report: Report) -> LoadedRank:
     logger.info("loaded %s as %s in %.1f s", choice.options.model, choice.dtype, took)
     budget = _budget(choice, place, backend, model, report)
     num_blocks = memory.num_blocks(budget, backend.layout.block_bytes, choice.max_model_len)
-    num_blocks = _least(place.group, num_blocks)
+    num_blocks = int(_everyones(place.group, num_blocks).min())  # what every rank has room for
     report(Startup("warm_up", f"{num_blocks} KV blocks"))
     backend.allocate(model, num_blocks)
     _warm_up(backend, choice.limits, num_blocks)
@@ -202,21 +202,20 @@ def load_rank(choice: ModelChoice, place: Place, report: Report) -> LoadedRank:
     return LoadedRank(runner, backend.device_type, _numerics(place.group, backend))
 
 
-def _least(group: Group, num_blocks: int) -> int:
-    """What every rank has room for."""
-    everyones = np.empty(group.size, np.int64)
-    group.all_gather(everyones, np.array([num_blocks], np.int64))
-    return int(everyones.min())
+def _everyones(group: Group, value: int) -> np.ndarray:
+    """A number of every rank, by rank."""
+    values = np.empty(group.size, np.int64)
+    group.all_gather(values, np.array([value], np.int64))
+    return values
 
 
 def _numerics(group: Group, backend: Backend) -> str:
     """The backend's on this rank, with a mark where other ranks have others."""
     digest = hashlib.blake2b(backend.numerics.encode(), digest_size=8).digest()
-    everyones = np.empty(group.size, np.int64)
-    group.all_gather(everyones, np.frombuffer(digest, np.int64))
-    if (everyones == everyones[0]).all():
+    digests = _everyones(group, int.from_bytes(digest, "little", signed=True))
+    if (digests == digests[0]).all():
         return backend.numerics
-    mark = hashlib.blake2b(everyones.tobytes(), digest_size=4).hexdigest()
+    mark = hashlib.blake2b(digests.tobytes(), digest_size=4).hexdigest()
     return f"{backend.numerics}/ranks-{mark}"
 
 
