@@ -62,6 +62,10 @@ class Gang:
         """Of the processes of ranks 1, 2 …, each on its host."""
         return tuple(member.pid for member in self._watch.members)
 
+    def members(self) -> tuple[Member, ...]:
+        """The other ranks, with what each has told last. Any thread; to be read only."""
+        return tuple(self._watch.members)
+
     @classmethod
     def start(cls, plan: Plan, spread: Spread | None) -> Gang:
         """Start the other ranks of this host and wait until all have connected.

@@ -28,6 +28,7 @@ from quire.cluster.tls import tls_context
 from quire.engine.parallel import greeting
 from quire.engine.parallel.channel import BEAT_S, Channel, Kind
 from quire.engine.parallel.processes import RankOptions
+from quire.engine.parallel.vitals import Vitals, resident_bytes
 from quire.telemetry.logging import configure
 
 if TYPE_CHECKING:
@@ -58,14 +59,18 @@ def main() -> Never:
         logger.error("rank %d cannot reach rank 0: %s", options.rank, error)
         sys.exit(1)
     leave = partial(_leave, starter if options.node else None)
-    threading.Thread(target=_show_life, args=(channel, leave), name="beat", daemon=True).start()
-    leave(_run(options, channel))
+    vitals = Vitals()
+    beat = partial(_show_life, channel, vitals, leave)
+    threading.Thread(target=beat, name="beat", daemon=True).start()
+    leave(_run(options, channel, vitals))
 
 
-def _run(options: RankOptions, channel: Channel) -> int:
+def _run(options: RankOptions, channel: Channel, vitals: Vitals) -> int:
     """Until the gang's end, or a failure; returns the exit code."""
     try:
-        follow(_load(options, channel), channel, options)
+        runner = _load(options, channel)
+        vitals.device_bytes = runner.backend.device_bytes()
+        follow(_orders(runner, channel, options), runner, vitals)
     except EOFError:
         return 0  # the only way out of `follow` that is no failure
     except (ValueError, OSError) as error:
@@ -79,13 +84,12 @@ def _run(options: RankOptions, channel: Channel) -> int:
         return 1
 
 
-def follow(runner: ModelRunner, channel: Channel, options: RankOptions) -> Never:
+def follow(
+    steps: queue.SimpleQueue[bytes | Exception], runner: ModelRunner, vitals: Vitals
+) -> Never:
     """Execute the steps that rank 0 sends, until the stream ends with EOFError."""
     from quire.engine.parallel.plan_bytes import unpack
 
-    steps: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-    args = (runner, channel, options, steps)
-    threading.Thread(target=_receive, args=args, name="orders", daemon=True).start()
     while True:
         payload = steps.get()
         if isinstance(payload, Exception):
@@ -94,6 +98,17 @@ def follow(runner: ModelRunner, channel: Channel, options: RankOptions) -> Never
         if len(copies):
             runner.backend.copy_blocks(copies)
         runner.backend.compute(inputs)
+        vitals.steps += 1
+
+
+def _orders(
+    runner: ModelRunner, channel: Channel, options: RankOptions
+) -> queue.SimpleQueue[bytes | Exception]:
+    """The steps that rank 0 sends, taken in by a thread that sees to everything else."""
+    steps: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    args = (runner, channel, options, steps)
+    threading.Thread(target=_receive, args=args, name="orders", daemon=True).start()
+    return steps
 
 
 def _receive(
@@ -129,14 +144,15 @@ def _connect(options: RankOptions) -> Channel:
     return channel
 
 
-def _show_life(channel: Channel, leave: Callable[[int], Never]) -> None:
+def _show_life(channel: Channel, vitals: Vitals, leave: Callable[[int], Never]) -> None:
     """Tell rank 0 that this process runs; end it when rank 0, or who started this, is gone,
     whatever it is doing."""
     starter = select.poll()
     starter.register(sys.stdin.fileno(), select.POLLHUP)
     while not channel.is_over(BEAT_S) and not starter.poll(0):
         try:
-            channel.send(Kind.BEAT)
+            vitals.host_bytes = resident_bytes()
+            channel.send(Kind.BEAT, vitals.pack())
         except OSError:
             break
     leave(0)

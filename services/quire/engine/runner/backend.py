@@ -87,6 +87,9 @@ class Backend(Protocol):
     ) -> LogprobArrays:
         """Log-probabilities of token_ids [L] at the rows [L], with the `num_top` likeliest."""
 
+    def device_bytes(self) -> int:
+        """Memory of a GPU that is held here, 0 on a CPU. Any thread."""
+
     def memory_bytes(self) -> tuple[int, int]:
         """(available, total) memory of the device; on a CPU the total is what is available, as the
         rest is other programs'."""
@@ -166,6 +169,10 @@ class CpuBackend:
     ) -> LogprobArrays:
         """Log-probabilities of token_ids [L] at the rows [L]."""
         return LogprobArrays(*self._sampler.logprobs(logits, rows, token_ids, num_top))
+
+    def device_bytes(self) -> int:
+        """None."""
+        return 0
 
     def memory_bytes(self) -> tuple[int, int]:
         """(available, total) memory of the host."""
@@ -249,6 +256,11 @@ class TorchBackend:
         """Log-probabilities of token_ids [L] at the rows [L]."""
         found = torch_sampler.logprobs(logits, rows, token_ids, num_top)
         return LogprobArrays(*(part.cpu().numpy() for part in found))
+
+    def device_bytes(self) -> int:
+        """As torch counts it."""
+        on_gpu = self.device_type == "cuda"
+        return torch.cuda.memory_reserved(self.device) if on_gpu else 0
 
     def memory_bytes(self) -> tuple[int, int]:
         """(available, total) memory of the device."""
