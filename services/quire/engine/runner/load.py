@@ -187,6 +187,7 @@ def load_rank(choice: ModelChoice, place: Place, report: Report) -> LoadedRank:
     Raises ValueError with one line for the user, RuntimeError when another rank is lost.
     """
     device = _device(choice.options, place)
+    _check_devices(_everyones(place.group, int(device != "cpu")))
     backend = _backend(choice, place, device)
     start = time.monotonic()
     model = _load_weights(choice, place, backend, report)
@@ -239,6 +240,16 @@ def _device(config: EngineConfig, place: Place) -> str:
             f"{torch.cuda.device_count()}: give a smaller --tensor-parallel-size, or --device cpu"
         )
     return "cuda" if place.local_size == 1 else f"cuda:{place.local_rank}"
+
+
+def _check_devices(on_gpu: np.ndarray) -> None:
+    """Ranks with a GPU and ranks without would wait for each other. Raises ValueError."""
+    (without,) = np.nonzero(on_gpu == 0)
+    if 0 < len(without) < len(on_gpu):
+        raise ValueError(
+            f"torch finds no CUDA device for rank {', '.join(map(str, without))} of {len(on_gpu)}, "
+            "but for the others: mend the host, or give --device cpu"
+        )
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
