@@ -123,6 +123,7 @@ def resident(pid: int) -> int:
 
 def test_tokens_are_those_of_one_process(running, folder) -> None:
     engine, host = running
+    assert engine.model.numerics == engine.runner.backend.numerics
     assert len(engine.model.gang.pids) == engine.config.tensor_parallel_size - 1
     assert host.process.pid not in engine.model.gang.pids
     assert generate(engine, requests())[0] == generate(load(folder), requests())[0]
@@ -196,9 +197,16 @@ def test_a_lost_host_ends_all(folder, cluster, number) -> None:
         assert isinstance(sink.error, RankFailed)
         [pid] = engine.model.gang.pids
         deadline = time.monotonic() + ENDED_S
-        while files.identity(pid) is not None:  # with its parent stopped, a corpse is left
+        while files.identity(pid) is not None:
             assert time.monotonic() < deadline, "a rank is left"
             time.sleep(0.05)
+        assert host.ended()[0] == -signal.SIGKILL, "by its rank, if it was stopped"
+
+
+def test_hosts_whose_kernels_differ_are_like_no_other_replica(folder, cluster) -> None:
+    with engine_on_two_hosts(folder, cluster, QUIRE_CPU_ISA="generic") as (engine, _):
+        own = engine.runner.backend.numerics
+        assert engine.model.numerics.startswith(f"{own}/ranks-") == ("generic" not in own)
 
 
 def test_ranks_of_another_host_end_with_rank_0(folder, cluster) -> None:

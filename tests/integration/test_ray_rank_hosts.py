@@ -114,7 +114,7 @@ def test_a_lost_host_costs_no_request(both, url, number) -> None:
         lost.kill("")
         finished = load.finished
         wait_until(lambda: load.finished > finished + 5, 90, "answers without it")
-        assert both.pods()["wide-0"].state != "ready"
+        wait_until(lambda: both.pods()["wide-0"].state != "ready", 60, "loss noticed")
         both.start_raylets(**{lost.name: 1})
         both.wait_ready("wide-0", "whole-0")
         took = time.monotonic() - began

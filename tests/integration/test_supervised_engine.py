@@ -139,6 +139,36 @@ def test_the_ranks_of_two_hosts_are_started_again_as_one(own_folder):
     assert [files.identity(pid) for pid in pids] == [None] * 3
 
 
+@pytest.mark.slow
+def test_an_engine_that_is_stopped_is_replaced(own_folder):
+    supervisor = Supervisor(assignment())
+    started = wait_for(supervisor, is_ready)
+    os.kill(started.pid, signal.SIGSTOP)
+    again = wait_for(supervisor, lambda r: is_ready(r) and r.restarts == 1)
+    assert again.pid != started.pid
+    assert files.identity(started.pid) is None
+    stop(supervisor)
+
+
+@pytest.mark.slow
+def test_a_stopped_process_of_another_host_is_replaced_with_the_ranks(own_folder):
+    one = assignment(options=assignment().options | {"tensor_parallel_size": 2}, nodes=2)
+    first = Supervisor(one)
+    second = Companion(replace(one, node=1), "127.0.0.1", first.report)
+    wait_for(first, is_ready)
+    node = second.report().pid
+    began = time.monotonic()
+    os.kill(node, signal.SIGSTOP)
+    wait_for(first, lambda r: is_ready(r) and r.restarts == 1)
+    print(f"process of another host stopped: ready again after {time.monotonic() - began:.1f} s")
+    assert files.identity(node) is None
+    assert second.report().restarts == 1
+    for each in (first, second):
+        each.stop(99)
+    stop(first)
+    stop(second)
+
+
 def children(pid: int) -> list[int]:
     lists = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for path in lists for child in path.read_text().split()]

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from parallel_models import SHARED
+from prometheus_client import CollectorRegistry
 from ranks import load_in_threads
 from test_parity import LENGTHS, generate, load, prompt, request
 from tiny_models import build
@@ -30,6 +31,8 @@ from quire.engine.models.config import parse_config
 from quire.engine.models.llama import weight_shapes
 from quire.engine.parallel.gang import RankFailed
 from quire.engine.request import EngineRequest
+from quire.telemetry import metrics as m
+from quire.worker.metrics import EngineMetrics
 
 IDS = [tiny.name for tiny in SHARED]
 GQA, QWEN3 = IDS.index("llama-gqa3"), IDS.index("qwen3-qknorm")
@@ -122,6 +125,34 @@ def test_two_processes_give_the_tokens_of_one(pair) -> None:
     assert len(two.model.gang.pids) == 1
     assert two.runner.backend.layout.num_kv_heads == 1
     assert generate(two, requests())[0] == generate(one, requests())[0]
+
+
+def test_what_the_other_rank_does_is_seen_on_rank_0s_page(pair) -> None:
+    two, _ = pair
+    [member] = two.model.gang.members()
+    before = member.vitals.steps
+    stepped = len(outputs_of(two, [request(77, prompt(77, 20), max_tokens=8)])[("77", 0)])
+    deadline = time.monotonic() + ENDED_S
+    while member.vitals.steps < before + stepped:
+        assert time.monotonic() < deadline, member.vitals
+        time.sleep(0.05)
+    registry = CollectorRegistry()
+    labels = {"model_name": "m", "engine": "e"}
+    instruments = m.Instruments("engine", m.DECLARATIONS, registry, labels)
+    EngineMetrics(instruments).ranks(two.model.gang)
+    page = {
+        sample.name + sample.labels["rank"] + sample.labels.get("of", ""): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name.startswith("quire_rank")
+    }
+    assert page.keys() == {
+        "quire_rank_steps_total1", "quire_rank_silence_seconds1",
+        "quire_rank_memory_bytes1host", "quire_rank_memory_bytes1device",
+    }  # fmt: skip
+    assert page["quire_rank_steps_total1"] == member.vitals.steps
+    assert page["quire_rank_silence_seconds1"] < ENDED_S
+    assert page["quire_rank_memory_bytes1host"] > 50e6
 
 
 def outputs_of(engine, entries):

@@ -64,6 +64,7 @@ def make_engine(
         max_model_len=max_model_len,
         dtype="float32",
         device="cpu",
+        numerics="fake",
     )
     return Engine(config, loaded)
 

@@ -82,6 +82,9 @@ class Followers:
         for plans in self.queues:
             plans.put(plan_bytes.pack(plan))
 
+    def check(self) -> None:
+        assert not self.errors
+
     def give_up(self, error: Exception) -> None:
         raise AssertionError(f"a rank failed: {self.errors}") from error
 

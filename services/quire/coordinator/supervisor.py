@@ -6,9 +6,10 @@
         └─ restarting: 0.5, 1, 2 ... 30 s; back to the first after a calm minute
            failed: it said that it cannot serve, tried again every 30 s
 
-A restarted engine keeps its port and its devices: who knows its address finds it again although
-nobody that could tell them is there. Knows nothing of Ray; `quire.coordinator.placement` makes an
-actor of it.
+An engine that was ready and answers no probe any more is killed: one that is stopped, or whose
+event loop hangs, would never die. A restarted engine keeps its port and its devices: who knows its
+address finds it again although nobody that could tell them is there. Knows nothing of Ray;
+`quire.coordinator.placement` makes an actor of it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 WATCH_S = 0.1
 """Between two looks at the engine's process."""
 PROBE_S, PROBE_TIMEOUT_S = 0.5, 2.0
+PROBE_MISSES = 4
+"""Probes in a row that an engine which was ready may leave unanswered. Counted, so that nothing is
+blamed on it when this process itself was stopped."""
 KILL_GRACE_S = 5.0
 """On top of its own drain timeout, for an engine that was told to end."""
 COMMAND_TIMEOUT_S = 5.0
@@ -253,21 +257,29 @@ class Supervisor:
     async def _watch(self, engine: Engine) -> float:
         """Until the engine ends or shall end; returns for how long it was ready."""
         began, ready_since, probed = time.monotonic(), None, float("-inf")
+        misses = 0
         async with self._cluster.channel(engine.address) as channel:
             stub: WorkerAsyncStub = WorkerStub(channel)
             while engine.is_alive and not self._stopping.is_set():
                 files.renew_lease(self._folder)
-                now = time.monotonic()
-                if ready_since is None and now - probed >= PROBE_S:
-                    probed = now
-                    if (role := await _ready_role(stub)) is not None:
+                if time.monotonic() - probed >= PROBE_S:
+                    probed = time.monotonic()
+                    health = await _health(stub)
+                    misses = misses + 1 if health is None else 0
+                    if ready_since is None and health is not None and health.ready:
                         ready_since = time.monotonic()
-                        took = 0.0 if self._report.adopted else ready_since - began
-                        self._report = replace(
-                            self._report, state=State.READY, role=role, startup_s=took
-                        )
+                        self._show_ready(health, ready_since - began)
+                    elif ready_since is not None and misses == PROBE_MISSES:
+                        logger.error("%s: answers no probe: killed", self._assignment.pod)
+                        engine_process.kill(engine)
                 await asyncio.sleep(WATCH_S)
         return 0.0 if ready_since is None else time.monotonic() - ready_since
+
+    def _show_ready(self, health: worker_pb2.HealthReport, took_s: float) -> None:
+        weights = (health.prefill_weight, health.decode_weight)
+        role = {pair: role for role, pair in WEIGHTS.items()}.get(weights, "both")
+        took_s = 0.0 if self._report.adopted else took_s
+        self._report = replace(self._report, state=State.READY, role=role, startup_s=took_s)
 
     async def _recover(self, ended: Exit, delay_s: float) -> None:
         """Say what happened, and wait before the next attempt."""
@@ -317,17 +329,15 @@ class Supervisor:
         self._term = term
 
 
-async def _ready_role(stub: WorkerAsyncStub) -> str | None:
-    """The role of an engine that takes requests, None while it does not."""
+async def _health(stub: WorkerAsyncStub) -> worker_pb2.HealthReport | None:
+    """How an engine is, None when it does not answer."""
     try:
         reply = await stub.Control(
             worker_pb2.ControlRequest(health=worker_pb2.Health()), timeout=PROBE_TIMEOUT_S
         )
     except grpc.aio.AioRpcError:
         return None
-    weights = (reply.health.prefill_weight, reply.health.decode_weight)
-    known = {pair: role for role, pair in WEIGHTS.items()}
-    return known.get(weights, "both") if reply.health.ready else None
+    return reply.health
 
 
 def _join(host: str, port: int) -> str:

@@ -75,8 +75,8 @@ class Workplace(Protocol):
     def spawn(self, job: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run a job, at the longest until the gateway ends."""
 
-    def resubmitted(self, loss: Loss) -> None:
-        """A request goes on somewhere."""
+    def resubmitted(self, loss: Loss, same_bits: bool) -> None:
+        """A request goes on somewhere, if not `same_bits` where kernels round otherwise."""
 
 
 class Continuation:
@@ -96,6 +96,8 @@ class Continuation:
         """Names of the workers that failed the request since its last token."""
         self.fingerprint: bytes | None = None
         """Of the model that the first tokens came from; no other can go on with them."""
+        self._numerics: str | None = None
+        """What decided the bits of the first token."""
         self._replies = replies
         self._index = index
         self._workplace = workplace
@@ -126,6 +128,11 @@ class Continuation:
             request_id=submit.request_id,
             exclude=exclude,
         )
+
+    def agrees_with(self, worker: Worker) -> bool:
+        """Going on there gives the tokens that would have come without a loss, as far as known."""
+        model = worker.model
+        return self._numerics is None or model is None or model.numerics == self._numerics
 
     def start(self) -> None:
         """Send the request, or wait for a worker to send it to."""
@@ -158,6 +165,7 @@ class Continuation:
                 self._note_admission(output.admission)
             journal.take(output)
             if output.token_ids:
+                self._note_numerics()
                 self._failures, self._since = 0, None
                 self.tried.clear()
                 self._source = None
@@ -282,13 +290,23 @@ class Continuation:
         if self.fingerprint is None and worker.model is not None:
             self.fingerprint = worker.model.fingerprint
         if self.journal.attempt:
-            self._workplace.resubmitted(self._loss)
-            logger.warning(
-                "request %s goes on at worker %s, attempt %d, behind %d tokens (%s)",
-                submit.request_id, worker.name, submit.attempt, self.journal.num_tokens, self._loss,
-            )  # fmt: skip
+            self._note_resubmission(worker, submit)
         worker.submit(submit, self._attempt)
         return True
+
+    def _note_resubmission(self, worker: Worker, submit: Submit) -> None:
+        same_bits = self.agrees_with(worker)
+        self._workplace.resubmitted(self._loss, same_bits)
+        logger.warning(
+            "request %s goes on at worker %s, attempt %d, behind %d tokens (%s)%s",
+            submit.request_id, worker.name, submit.attempt, self.journal.num_tokens, self._loss,
+            "" if same_bits else f": kernels that round otherwise than {self._numerics}",
+        )  # fmt: skip
+
+    def _note_numerics(self) -> None:
+        if self._numerics is None and self._attempt is not None:
+            model = self._attempt.worker.model
+            self._numerics = None if model is None else model.numerics
 
     def _note_admission(self, admission: Admission) -> None:
         """A worker took the request up: what it says is the trace's, and its router's to hear."""

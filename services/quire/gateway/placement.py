@@ -80,8 +80,8 @@ class LeastLoad:
 
     Decode: fewest requests, of this gateway or by the last report if that is more; reports are up
     to a second old, but what this gateway has sent it knows at once. Prefill: fewest tokens to
-    compute; nowhere else when the decoding worker is for prefill too. A worker that is not for a
-    kind of work does it when no other can.
+    compute, among those of the same KV layout; nowhere else when the decoding worker is for prefill
+    too. A worker that is not for a kind of work does it when no other can.
     """
 
     async def run(self) -> None:
@@ -100,7 +100,7 @@ class LeastLoad:
         """The same at once: nobody has to be asked."""
         decoding = [worker for worker in ready if _decode_weight(worker) > 0] or ready
         worker = min(decoding, key=lambda w: (_num_requests(w), random.random()))
-        prefilling = [w for w in ready if w is not worker and _prefill_weight(w) > 0]
+        prefilling = [w for w in ready if w is not worker and _can_prefill_for(w, worker)]
         if _prefill_weight(worker) > 0 or not prefilling:
             return Place(worker)
         return Place(
@@ -114,6 +114,15 @@ def _num_requests(worker: Worker) -> int:
 
 def _decode_weight(worker: Worker) -> float:
     return worker.load.decode_weight if worker.load.HasField("decode_weight") else 1.0
+
+
+def _can_prefill_for(worker: Worker, other: Worker) -> bool:
+    same_layout = _kv_layout(worker) == _kv_layout(other)
+    return _prefill_weight(worker) > 0 and same_layout
+
+
+def _kv_layout(worker: Worker) -> bytes:
+    return b"" if worker.model is None else worker.model.kv.fingerprint
 
 
 def _prefill_weight(worker: Worker) -> float:

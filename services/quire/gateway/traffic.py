@@ -30,6 +30,7 @@ class Traffic:
         self.input_tokens = get(m.GATEWAY_INPUT_TOKENS)
         self.output_tokens = get(m.GATEWAY_OUTPUT_TOKENS)
         self._disconnects = get(m.GATEWAY_DISCONNECTS)
+        self._changed_numerics = get(m.GATEWAY_CHANGED_NUMERICS)
 
     def start(self, trace: Trace) -> RequestClock:
         """A request was received."""
@@ -39,9 +40,11 @@ class Traffic:
         """A client went away before its answer was complete."""
         self._disconnects.inc()
 
-    def resubmitted(self, loss: Loss) -> None:
+    def resubmitted(self, loss: Loss, same_bits: bool) -> None:
         """A request goes on, after its worker was lost or refused it."""
         self.instruments.get(m.GATEWAY_RESUBMISSIONS, loss.value).inc()
+        if not same_bits:
+            self._changed_numerics.inc()
 
     def failed(self, code: str) -> None:
         """A request ended in an error."""

@@ -55,7 +55,7 @@ class Workers:
         *,
         max_backlog: int = 1024,
         placement: Placement | None = None,
-        on_resubmission: Callable[[Loss], None] = lambda _: None,
+        on_resubmission: Callable[[Loss, bool], None] = lambda *_: None,
     ) -> None:
         """`max_backlog` is in tokens per choice, see `Replies`."""
         self.all: tuple[Worker, ...] = ()
@@ -197,11 +197,13 @@ class Workers:
     # ---- Workplace
 
     async def pick(self, run: Continuation) -> Place | None:
-        """Ready workers, if possible such as have not failed the request."""
+        """Ready workers, if possible such as have not failed the request, and among those such as
+        compute the same bits as those that it has its tokens from."""
         ready = self._ready_for(run)
         if not ready:
             return None
         candidates = [worker for worker in ready if worker.name not in run.tried] or ready
+        candidates = [w for w in candidates if run.agrees_with(w)] or candidates
         named = {worker.name for worker in candidates}
         known = (*self.all, *self._leaving)
         others = frozenset(worker.name for worker in known if worker.name not in named)

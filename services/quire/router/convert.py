@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 DEFAULT_EXPECTED_OUTPUT = 256
 """Tokens, when the caller cannot tell."""
 DEFAULT_BLOCK_SIZE = 16
+LAYOUT_BYTES = 6
+"""Of a layout's fingerprint: as many as a double holds exactly."""
 
 
 def query_from(request: router_pb2.RouteRequest) -> RouteQuery:
@@ -108,6 +110,7 @@ def model_from(pod: str, model: worker_pb2.ModelInfo) -> PodModel:
         num_blocks=model.num_blocks,
         block_bytes=model.block_bytes,
         max_num_seqs=model.max_num_seqs or 1,
+        kv_layout=int.from_bytes(model.kv.fingerprint[:LAYOUT_BYTES]),
     )
 
 

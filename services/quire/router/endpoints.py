@@ -59,6 +59,8 @@ class Endpoint:
     """Tokens."""
     bytes_per_token: float = 131072.0
     """Of keys and values, for transfers."""
+    kv_layout: float = 0.0
+    """Identity: blocks go between pods that have the same."""
     receive_bytes_per_s: float = 1e9
     """Blocks pushed to it, from a peer not measured yet."""
     cached_tokens: float = 0.0
@@ -91,6 +93,7 @@ class Endpoints:
     max_seqs: Floats
     block_size: Floats
     bytes_per_token: Floats
+    kv_layout: Floats
     receive_bytes_per_s: Floats
     cached_tokens: Floats
     pair_bytes_per_s: PairRates = field(default_factory=dict)

@@ -347,6 +347,7 @@ class Fleet:
         c["bytes_per_token"][slot] = model.block_bytes / model.block_size
         c["num_blocks"][slot] = c["blocks_free"][slot] = model.num_blocks
         c["max_seqs"][slot] = model.max_num_seqs
+        c["kv_layout"][slot] = model.kv_layout
         if model.model not in self._models:
             self._models.append(model.model)
         self._model[slot] = self._models.index(model.model)

@@ -17,6 +17,8 @@ class PodModel:
     num_blocks: int = 1 << 20
     block_bytes: int = 2 << 20
     max_num_seqs: int = 1 << 20
+    kv_layout: int = 0
+    """Identity of what its blocks hold and how."""
 
 
 @dataclass(frozen=True, kw_only=True)

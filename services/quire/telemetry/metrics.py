@@ -125,6 +125,22 @@ STEP_AGE = GaugeDeclaration(
     name="quire_step_age_seconds", unit="seconds", component="engine",
     help="Time without progress while work is pending, else 0.",
 )  # fmt: skip
+RANK_STEPS = CounterDeclaration(
+    name="quire_rank_steps", unit="steps", component="engine",
+    help="Engine steps that a rank beyond the first has executed.", labels=("rank",),
+)  # fmt: skip
+RANK_SILENCE = GaugeDeclaration(
+    name="quire_rank_silence_seconds", unit="seconds", component="engine",
+    help="Since a rank beyond the first gave a sign of life; after 5 s it counts as lost, and the "
+    "engine with it.",
+    labels=("rank",),
+)  # fmt: skip
+RANK_MEMORY = GaugeDeclaration(
+    name="quire_rank_memory_bytes", unit="bytes", component="engine",
+    help="Memory of a rank beyond the first: `host` is what its process has resident, `device` "
+    "what it has reserved of its GPU.",
+    labels=("rank", "of"),
+)  # fmt: skip
 PREEMPTIONS = CounterDeclaration(
     name="quire_preemptions", unit="requests", component="engine",
     help="Running requests sent back to the queue for want of KV blocks.",
@@ -371,6 +387,11 @@ GATEWAY_RESUBMISSIONS = CounterDeclaration(
         "lost", "silent", "hung", "draining", "not_ready", "overloaded", "internal", "gap",
         "aborted",
     ),),
+)  # fmt: skip
+GATEWAY_CHANGED_NUMERICS = CounterDeclaration(
+    name="quire_gateway_changed_numerics", unit="requests", component="gateway",
+    help="Requests that went on at a worker whose kernels round otherwise than those that their "
+    "tokens came from.",
 )  # fmt: skip
 GATEWAY_PLACEMENTS = CounterDeclaration(
     name="quire_gateway_placements", unit="requests", component="gateway",

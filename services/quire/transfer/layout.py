@@ -52,6 +52,8 @@ class BlockLayout:
     order: str = "plain"
     """Inner order of a tile, a `KvOrder` value."""
     quantization: str = "none"
+    numerics: str = "any"
+    """What decides the bits of the content (`quire.kernels.numerics`), but for the TP degree."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
@@ -61,7 +63,9 @@ class BlockLayout:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @classmethod
-    def of(cls, layout: KvLayout, *, model: str, num_kv_heads: int | None = None) -> BlockLayout:
+    def of(
+        cls, layout: KvLayout, *, model: str, numerics: str, num_kv_heads: int | None = None
+    ) -> BlockLayout:
         """From one rank's pool layout; `num_kv_heads` is the model's when the rank holds fewer."""
         return cls(
             model=model,
@@ -71,6 +75,7 @@ class BlockLayout:
             num_kv_heads=num_kv_heads or layout.num_kv_heads,
             head_dim=layout.head_dim,
             order=str(layout.order),
+            numerics=numerics,
         )
 
     @property
@@ -83,7 +88,8 @@ class BlockLayout:
         return (
             f"wire={WIRE_VERSION} model={self.model} dtype={self.dtype} "
             f"block_size={self.block_size} layers={self.num_layers} kv_heads={self.num_kv_heads} "
-            f"head_dim={self.head_dim} order={self.order} quantization={self.quantization}"
+            f"head_dim={self.head_dim} order={self.order} quantization={self.quantization} "
+            f"numerics={self.numerics}"
         )
 
     def fingerprint(self) -> bytes:

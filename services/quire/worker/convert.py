@@ -224,6 +224,7 @@ def model_info(engine: Engine, incarnation: int) -> worker_pb2.ModelInfo:
         max_num_seqs=engine.config.max_num_seqs,
         incarnation=incarnation,
         device=model.device,
+        numerics=model.numerics,
     )
 
 

@@ -84,6 +84,7 @@ class Disaggregation:
             layout=BlockLayout.of(
                 backend.layout,
                 model=model.fingerprint.hex(),
+                numerics=model.numerics,
                 num_kv_heads=model.config.num_kv_heads,
             ),
             shard=Shard(0, 1 if model.gang is None else model.gang.size),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from quire.api.errors import ApiError
     from quire.engine.loop import EngineState, StepRecord
     from quire.engine.output import Admission, ChoiceOutput
+    from quire.engine.parallel.gang import Gang
     from quire.engine.request import EngineRequest
     from quire.telemetry.instruments import Instruments
     from quire.transfer.base import Counters
@@ -94,6 +95,16 @@ class EngineMetrics:
         self._hits.value = state.cache_hits
         if self._transfers is not None:
             show_transfers(self._instruments, self._transfers)
+
+    def ranks(self, gang: Gang) -> None:
+        """The other ranks of a tensor-parallel engine, set when scraped."""
+        now = time.monotonic()
+        for member in gang.members():
+            rank, vitals = str(member.rank), member.vitals
+            self._get(m.RANK_STEPS, rank).value = vitals.steps
+            self._get(m.RANK_SILENCE, rank).set(now - member.heard)
+            self._get(m.RANK_MEMORY, rank, "host").set(vitals.host_bytes)
+            self._get(m.RANK_MEMORY, rank, "device").set(vitals.device_bytes)
 
     def _observe(self, live: _Live, output: ChoiceOutput, now: float) -> None:
         count = len(output.token_ids)

@@ -116,6 +116,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """The engine's metrics in Prometheus' text format."""
         if (loop := self._loop) is not None:
             self._metrics.state(loop.state, loop.stalled_s())
+            if (gang := loop.engine.model.gang) is not None:
+                self._metrics.ranks(gang)
         return render(self._registry)
 
     # ---- the end

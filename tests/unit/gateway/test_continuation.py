@@ -35,7 +35,9 @@ async def running(*scripts, patience=None, ready=None):
     for fake in fakes[ready or len(fakes) :]:
         fake.ready = False
     losses: list[Loss] = []
-    workers = Workers(fakes, patience or Patience(wait_s=2.0), on_resubmission=losses.append)
+    workers = Workers(
+        fakes, patience or Patience(wait_s=2.0), on_resubmission=lambda loss, _: losses.append(loss)
+    )
     running = asyncio.create_task(workers.run())
     try:
         yield workers, fakes, losses
@@ -339,6 +341,46 @@ async def test_only_the_same_model_can_go_on():
         made[1].ready = True
         with pytest.raises(ApiError, match="was lost"):
             await reading
+
+
+KINDS = ("amx", "avx512", "amx")
+
+
+def with_kinds(workers, made):
+    """Give each a kind of kernels; (loss, whether its kind stayed the same) of what goes on."""
+    for fake, numerics in zip(made, KINDS, strict=False):
+        fake.model = worker_pb2.ModelInfo(model="m", fingerprint=b"f", numerics=numerics)
+    noted = []
+    workers.resubmitted = lambda loss, same_bits: noted.append((loss, same_bits))
+    return noted
+
+
+@pytest.mark.parametrize("is_alike_ready", [True, False])
+async def test_a_request_goes_on_with_the_kernels_it_began_with_if_it_can(is_alike_ready, caplog):
+    fakes: list[FakeWorker] = []
+    first = lost_after(3, lambda: fakes)
+    async with running(first, speak(TOKENS), speak(TOKENS), ready=1) as (workers, made, _):
+        fakes += made
+        noted = with_kinds(workers, made)
+        reading = asyncio.create_task(read(workers, request()))
+        await sent_to(made[0])
+        made[1].ready, made[2].ready, made[2].load.running = True, is_alike_ready, 50
+        assert (await reading)[0] == [{0: TOKENS}]
+        assert [len(fake.submitted) for fake in made[1:]] == ([0, 1] if is_alike_ready else [1, 0])
+        assert noted == [(Loss.LOST, is_alike_ready)]
+        assert ("round otherwise than amx" in caplog.text) != is_alike_ready
+
+
+async def test_kernels_do_not_matter_before_the_first_token():
+    fakes: list[FakeWorker] = []
+    async with running(lost_after(0, lambda: fakes), speak(TOKENS), ready=1) as (workers, made, _):
+        fakes += made
+        noted = with_kinds(workers, made)
+        reading = asyncio.create_task(read(workers, request()))
+        await sent_to(made[0])
+        made[1].ready = True
+        assert (await reading)[0] == [{0: TOKENS}]
+        assert noted == [(Loss.LOST, True)]
 
 
 async def test_requests_go_where_there_are_fewest():

@@ -24,7 +24,9 @@ class World:
         self.discovery = StaticPods({name: f"{name}:1" for name in names})
         self.made: dict[tuple[str, str], FakeWorker] = {}
         self.losses: list[Loss] = []
-        self.workers = Workers([], Patience(wait_s=5.0), on_resubmission=self.losses.append)
+        self.workers = Workers(
+            [], Patience(wait_s=5.0), on_resubmission=lambda loss, _: self.losses.append(loss)
+        )
         self.workers.follow(Joining(self.discovery, self.connect))
 
     def connect(self, name: str, address: str) -> FakeWorker:

@@ -225,6 +225,15 @@ def test_a_decode_only_pod_gets_a_prefill_pod_for_long_prompts(name: str) -> Non
     assert placed(pods, short, routing_policy=name) == ("d", None)
 
 
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_only_pods_of_one_layout_prefill_for_each_other(name: str) -> None:
+    decode = pod("d", prefill_weight=0.0, kv_layout=7.0)
+    others = [pod(f"p{i}", decode_weight=0.0, kv_layout=8.0) for i in range(5)]
+    alike = pod("alike", decode_weight=0.0, kv_layout=7.0, wait_s=1.0)
+    assert placed([*others, decode], routing_policy=name) == ("d", None)
+    assert placed([*others, decode, alike], routing_policy=name) == ("d", "alike")
+
+
 # ---- the router
 
 

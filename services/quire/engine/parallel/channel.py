@@ -2,7 +2,7 @@
 
     rank r ── HELLO {rank} ⇄ PROOF ──▶ rank 0    see `greeting`
            ◀─ WELCOME {store_port} ──
-           ── BEAT, every BEAT_S ───▶
+           ── BEAT vitals, every BEAT_S ▶
            ── FAILED {message} ─────▶            and the rank ends
            ◀─ STEP plan ────────────             again and again
            ◀─ CALL verb, answer ────▶            see `calls`

@@ -62,6 +62,10 @@ class Gang:
         """Of the processes of ranks 1, 2 …, each on its host."""
         return tuple(member.pid for member in self._watch.members)
 
+    def members(self) -> tuple[Member, ...]:
+        """The other ranks, with what each has told last. Any thread; to be read only."""
+        return tuple(self._watch.members)
+
     @classmethod
     def start(cls, plan: Plan, spread: Spread | None) -> Gang:
         """Start the other ranks of this host and wait until all have connected.
@@ -89,7 +93,9 @@ class Gang:
             assert member.channel is not None
             member.channel.send_json(Kind.WELCOME, {"store_port": port})
         self._watch.start()
-        return TorchGroup(store, 0, self.size, self._host)
+        group = TorchGroup(store, 0, self.size, self._host)
+        self.watch(lambda _: group.abort())
+        return group
 
     def loaded(self) -> None:
         """Every rank is ready to step: silence is no longer borne."""
@@ -103,8 +109,7 @@ class Gang:
 
     def send(self, plan: StepPlan) -> None:
         """Have every other rank execute the plan. Raises RankFailed."""
-        if self._watch.failure is not None:
-            raise self._failure()
+        self.check()
         data = plan_bytes.pack(plan)
         try:
             for member in self._watch.members:
@@ -113,6 +118,11 @@ class Gang:
         except OSError as error:
             self.give_up(error)
             raise
+
+    def check(self) -> None:
+        """Raises RankFailed when a rank has been lost: what was exchanged since means nothing."""
+        if self._watch.failure is not None:
+            raise self._failure()
 
     def drop_caches(self) -> int:
         """Have every other rank give the memory of its KV blocks back, none of which is held.

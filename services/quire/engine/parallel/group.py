@@ -3,23 +3,28 @@
 The process groups are made by hand, not as torch's default group: a script that uses `LLM` may have
 one of its own. gloo only carries bytes; sums are ours, in the order of ranks, because gloo's own
 order depends on the size of the message. nccl sums by itself.
+
+An exchange of gloo fails when a rank's process ends. One of nccl waits on the GPU, for ever, and
+with it whoever waits for the GPU: `abort` breaks it off, and what it gave then means nothing.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
+import struct
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
-
-if TYPE_CHECKING:
-    import numpy as np
 
 dist: Any = torch.distributed
 """Untyped: torch's stubs lack the classes of process groups and stores."""
 
+SIOCGIFADDR = 0x8915
 JOIN_S = 60
 """Every rank has said hello before the group is made: what remains is to connect."""
 EXCHANGE_LIMIT = timedelta(hours=1)
@@ -51,7 +56,7 @@ def reach_store(host: str, port: int, size: int) -> Any:
 
 
 class TorchGroup:
-    """A `quire.kernels.group.Group` of processes. One thread uses it."""
+    """A `quire.kernels.group.Group` of processes. One thread uses it, any may abort it."""
 
     def __init__(self, store: Any, rank: int, size: int, address: str) -> None:
         """Connect to the other ranks from the interface with `address`; raises RuntimeError."""
@@ -61,8 +66,13 @@ class TorchGroup:
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = EXCHANGE_LIMIT
         self._host = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
-        self._store = store
+        self._store, self._address = store, address
         self._nccl: Any = None
+
+    def abort(self) -> None:
+        """A rank is lost: end what waits for it on a GPU."""
+        if self._nccl is not None:
+            self._nccl.abort()
 
     def all_gather(self, parts: np.ndarray, part: np.ndarray) -> None:
         """Put `part` [n] of every rank into `parts` [size * n], by rank."""
@@ -79,8 +89,9 @@ class TorchGroup:
         """The sum of all ranks' tensors, float32."""
         if part.is_cuda:
             # in the model's dtype: half the bytes, and what every GPU engine does
-            self._group_of(part).allreduce([part]).wait()
-            return part.float()
+            total = part.contiguous()
+            self._group_of(part).allreduce([total]).wait()
+            return total.float()
         parts = self._gathered(part.float())
         total = parts[0]
         for other in parts[1:]:
@@ -106,8 +117,36 @@ class TorchGroup:
         if not tensor.is_cuda:
             return self._host
         if self._nccl is None:
-            torch.cuda.set_device(tensor.device)
-            store = dist.PrefixStore("nccl", self._store)
-            options = dist.ProcessGroupNCCL.Options()
-            self._nccl = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+            self._nccl = self._between_gpus(tensor.device)
         return self._nccl
+
+    def _between_gpus(self, device: torch.device) -> Any:
+        # the store waits for a minute at most, while another rank may load for long
+        self.all_gather(np.empty(self.size, np.int64), np.zeros(1, np.int64))
+        # torch's watchdog would end the process: `gang` notices, and aborts
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        if (name := interface_of(self._address)) is not None:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+        torch.cuda.set_device(device)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = EXCHANGE_LIMIT
+        store = dist.PrefixStore("nccl", self._store)
+        return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface with an IPv4 address: nccl cannot be told an address.
+
+    None where it may choose, which is within a host, or when no interface has it."""
+    if address.startswith("127."):
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            try:
+                answer = fcntl.ioctl(sock, SIOCGIFADDR, request)
+            except OSError:
+                continue  # it has no IPv4 address
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from quire.engine.parallel.channel import Kind
 from quire.engine.parallel.processes import END_S
+from quire.engine.parallel.vitals import Vitals
 
 if TYPE_CHECKING:
     from quire.engine.parallel.channel import Channel
@@ -76,6 +77,8 @@ class Member:
     channel: Channel | None = None
     heard: float = 0.0
     pid: int = 0
+    vitals: Vitals = field(default_factory=Vitals)
+    """That it has told last."""
 
     @property
     def name(self) -> str:

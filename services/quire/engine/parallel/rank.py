@@ -5,6 +5,9 @@ this process lives.
 
 Its life: connect, load this rank's part of the model, then one step after another as rank 0 says,
 until the connection ends. Exit code 0 then, 1 after a failure, which rank 0 has been told.
+
+On another host than rank 0's, `node` has started this process and ends with the gang. One that
+hangs does not, and whoever supervises it would see a process that runs: its ranks end it.
 """
 
 from __future__ import annotations
@@ -18,39 +21,56 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Never
 
 from quire.cluster.tls import tls_context
 from quire.engine.parallel import greeting
 from quire.engine.parallel.channel import BEAT_S, Channel, Kind
 from quire.engine.parallel.processes import RankOptions
+from quire.engine.parallel.vitals import Vitals, resident_bytes
 from quire.telemetry.logging import configure
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quire.engine.runner.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 30.0
+STARTER_S = 3.0
+"""For `node` to end, and with it this process, once the gang has."""
 
 
-def main() -> int:
-    """Read the options and follow rank 0; returns the exit code."""
+def main() -> Never:
+    """Read the options and follow rank 0 to the end."""
+    starter = os.getppid()
     try:
         options = RankOptions.read(sys.stdin.readline())
     except (ValueError, TypeError, KeyError) as error:
         print(f"quire: error: bad rank options: {error}", file=sys.stderr)
-        return 2
+        sys.exit(2)
     configure(options.log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, whose end is this one's
     try:
         channel = _connect(options)
     except (OSError, EOFError, ValueError, greeting.Refused) as error:
         logger.error("rank %d cannot reach rank 0: %s", options.rank, error)
-        return 1
-    threading.Thread(target=_show_life, args=(channel,), name="beat", daemon=True).start()
+        sys.exit(1)
+    leave = partial(_leave, starter if options.node else None)
+    vitals = Vitals()
+    beat = partial(_show_life, channel, vitals, leave)
+    threading.Thread(target=beat, name="beat", daemon=True).start()
+    leave(_run(options, channel, vitals))
+
+
+def _run(options: RankOptions, channel: Channel, vitals: Vitals) -> int:
+    """Until the gang's end, or a failure; returns the exit code."""
     try:
-        follow(_load(options, channel), channel, options)
+        runner = _load(options, channel)
+        vitals.device_bytes = runner.backend.device_bytes()
+        follow(_orders(runner, channel, options), runner, vitals)
     except EOFError:
         return 0  # the only way out of `follow` that is no failure
     except (ValueError, OSError) as error:
@@ -64,13 +84,12 @@ def main() -> int:
         return 1
 
 
-def follow(runner: ModelRunner, channel: Channel, options: RankOptions) -> Never:
+def follow(
+    steps: queue.SimpleQueue[bytes | Exception], runner: ModelRunner, vitals: Vitals
+) -> Never:
     """Execute the steps that rank 0 sends, until the stream ends with EOFError."""
     from quire.engine.parallel.plan_bytes import unpack
 
-    steps: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-    args = (runner, channel, options, steps)
-    threading.Thread(target=_receive, args=args, name="orders", daemon=True).start()
     while True:
         payload = steps.get()
         if isinstance(payload, Exception):
@@ -79,6 +98,17 @@ def follow(runner: ModelRunner, channel: Channel, options: RankOptions) -> Never
         if len(copies):
             runner.backend.copy_blocks(copies)
         runner.backend.compute(inputs)
+        vitals.steps += 1
+
+
+def _orders(
+    runner: ModelRunner, channel: Channel, options: RankOptions
+) -> queue.SimpleQueue[bytes | Exception]:
+    """The steps that rank 0 sends, taken in by a thread that sees to everything else."""
+    steps: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    args = (runner, channel, options, steps)
+    threading.Thread(target=_receive, args=args, name="orders", daemon=True).start()
+    return steps
 
 
 def _receive(
@@ -114,17 +144,30 @@ def _connect(options: RankOptions) -> Channel:
     return channel
 
 
-def _show_life(channel: Channel) -> None:
+def _show_life(channel: Channel, vitals: Vitals, leave: Callable[[int], Never]) -> None:
     """Tell rank 0 that this process runs; end it when rank 0, or who started this, is gone,
     whatever it is doing."""
     starter = select.poll()
     starter.register(sys.stdin.fileno(), select.POLLHUP)
     while not channel.is_over(BEAT_S) and not starter.poll(0):
         try:
-            channel.send(Kind.BEAT)
+            vitals.host_bytes = resident_bytes()
+            channel.send(Kind.BEAT, vitals.pack())
         except OSError:
             break
-    os._exit(0)
+    leave(0)
+
+
+def _leave(starter: int | None, code: int) -> Never:
+    """End this process; before it `starter`, where one is named that should have ended."""
+    sys.stderr.flush()
+    if starter is not None:
+        lives = select.poll()
+        lives.register(sys.stdin.fileno(), select.POLLHUP)
+        if not lives.poll(STARTER_S * 1000) and os.getppid() == starter:
+            os.kill(starter, signal.SIGKILL)
+    # threads of torch would keep the interpreter from ending
+    os._exit(code)
 
 
 def _load(options: RankOptions, channel: Channel) -> ModelRunner:
@@ -151,7 +194,4 @@ def _tell(channel: Channel, message: str, *, is_refusal: bool) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    # threads of torch would keep the interpreter from ending
-    os._exit(code)
+    main()

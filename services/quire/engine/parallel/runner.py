@@ -16,6 +16,9 @@ class Followers(Protocol):
     def send(self, plan: StepPlan) -> None:
         """Have every other rank execute the plan. Raises RankFailed."""
 
+    def check(self) -> None:
+        """Raises RankFailed when another rank has been lost."""
+
     def give_up(self, error: Exception) -> None:
         """An exchange failed here: end every rank. Raises RankFailed when another rank is why."""
 
@@ -31,7 +34,9 @@ class ParallelRunner(ModelRunner):
         """Copy blocks and compute on every rank, draw on this one."""
         self._followers.send(plan)
         try:
-            return super().execute(plan)
+            result = super().execute(plan)
         except Exception as error:
             self._followers.give_up(error)
             raise
+        self._followers.check()  # an exchange between GPUs that is broken off raises nothing
+        return result

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from quire.engine.parallel.channel import Kind
 from quire.engine.parallel.members import Member, Node
+from quire.engine.parallel.vitals import Vitals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +116,9 @@ def _listen(watch: Watch, one: Member | Node) -> None:
 
 def _take(watch: Watch, one: Member | Node, kind: Kind, payload: bytes) -> None:
     match one, kind:
-        case _, Kind.BEAT:
+        case Member(), Kind.BEAT:
+            one.vitals = Vitals.unpack(payload)
+        case Node(), Kind.BEAT:
             pass
         case Member(), Kind.FAILED:
             watch.fail(_reported(watch, one, json.loads(payload)))

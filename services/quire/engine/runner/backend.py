@@ -14,7 +14,7 @@ import torch
 from quire.engine.runner.memory import available_host_bytes
 from quire.engine.runner.pool_copies import PoolCopies
 from quire.engine.scheduler.plan import LogprobArrays
-from quire.kernels import torch_sampler
+from quire.kernels import numerics, torch_sampler
 from quire.kernels.cpu import KV_ORDERS, CpuOps, StepLimits, Team, alloc_pool
 from quire.kernels.cpu.sampler import CpuSampler
 from quire.kernels.group import ALONE
@@ -46,6 +46,8 @@ class Backend(Protocol):
     layout: KvLayout
     device_type: str
     """cpu or cuda."""
+    numerics: str
+    """See `quire.kernels.numerics`."""
     is_batch_invariant: bool
     """A row's logits are the same bits whatever shares its step and however its prompt was cut."""
 
@@ -85,6 +87,9 @@ class Backend(Protocol):
     ) -> LogprobArrays:
         """Log-probabilities of token_ids [L] at the rows [L], with the `num_top` likeliest."""
 
+    def device_bytes(self) -> int:
+        """Memory of a GPU that is held here, 0 on a CPU. Any thread."""
+
     def memory_bytes(self) -> tuple[int, int]:
         """(available, total) memory of the device; on a CPU the total is what is available, as the
         rest is other programs'."""
@@ -109,6 +114,7 @@ class CpuBackend:
     ) -> None:
         self.layout = kv_layout(model, dtype, KV_ORDERS[dtype], group)
         self._team = Team(num_threads)
+        self.numerics = numerics.cpu_kernels()
         self.ops = CpuOps(self.layout, limits, self._team, group)
         self._sampler = CpuSampler(self._team)
         self._program: Program | None = None
@@ -164,6 +170,10 @@ class CpuBackend:
         """Log-probabilities of token_ids [L] at the rows [L]."""
         return LogprobArrays(*self._sampler.logprobs(logits, rows, token_ids, num_top))
 
+    def device_bytes(self) -> int:
+        """None."""
+        return 0
+
     def memory_bytes(self) -> tuple[int, int]:
         """(available, total) memory of the host."""
         available = available_host_bytes()
@@ -179,6 +189,7 @@ class TorchBackend:
         self.layout = kv_layout(model, dtype, KvOrder.PLAIN, group)
         self.device = torch.device(device)
         self.device_type = self.device.type
+        self.numerics = numerics.torch_kernels(self.device)
         if self.device_type == "cuda":
             torch.cuda.set_device(self.device)  # kernels and events go where this thread points
         self.ops = TorchOps(self.layout, 1, device, group=group)
@@ -245,6 +256,11 @@ class TorchBackend:
         """Log-probabilities of token_ids [L] at the rows [L]."""
         found = torch_sampler.logprobs(logits, rows, token_ids, num_top)
         return LogprobArrays(*(part.cpu().numpy() for part in found))
+
+    def device_bytes(self) -> int:
+        """As torch counts it."""
+        on_gpu = self.device_type == "cuda"
+        return torch.cuda.memory_reserved(self.device) if on_gpu else 0
 
     def memory_bytes(self) -> tuple[int, int]:
         """(available, total) memory of the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -74,6 +75,8 @@ class LoadedModel:
     max_model_len: int
     dtype: str
     device: str
+    numerics: str
+    """See `quire.kernels.numerics`; of all ranks."""
     gang: Gang | None = None
     """The other ranks, when there are any."""
 
@@ -110,6 +113,8 @@ class LoadedRank:
 
     runner: ModelRunner
     device: str
+    numerics: str
+    """Of all ranks."""
 
 
 def load_model(config: EngineConfig, report: Report, spread: Spread | None = None) -> LoadedModel:
@@ -137,7 +142,7 @@ def load_model(config: EngineConfig, report: Report, spread: Spread | None = Non
         gang.give_up(error)
         raise
     runner = ParallelRunner(rank.runner, gang)
-    return replace(loaded_model(choice, LoadedRank(runner, rank.device)), gang=gang)
+    return replace(loaded_model(choice, replace(rank, runner=runner)), gang=gang)
 
 
 def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
@@ -150,6 +155,7 @@ def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
         max_model_len=choice.max_model_len,
         dtype=choice.dtype,
         device=rank.device,
+        numerics=rank.numerics,
     )
 
 
@@ -181,6 +187,7 @@ def load_rank(choice: ModelChoice, place: Place, report: Report) -> LoadedRank:
     Raises ValueError with one line for the user, RuntimeError when another rank is lost.
     """
     device = _device(choice.options, place)
+    _check_devices(_everyones(place.group, int(device != "cpu")))
     backend = _backend(choice, place, device)
     start = time.monotonic()
     model = _load_weights(choice, place, backend, report)
@@ -188,18 +195,29 @@ def load_rank(choice: ModelChoice, place: Place, report: Report) -> LoadedRank:
     logger.info("loaded %s as %s in %.1f s", choice.options.model, choice.dtype, took)
     budget = _budget(choice, place, backend, model, report)
     num_blocks = memory.num_blocks(budget, backend.layout.block_bytes, choice.max_model_len)
-    num_blocks = _least(place.group, num_blocks)
+    num_blocks = int(_everyones(place.group, num_blocks).min())  # what every rank has room for
     report(Startup("warm_up", f"{num_blocks} KV blocks"))
     backend.allocate(model, num_blocks)
     _warm_up(backend, choice.limits, num_blocks)
-    return LoadedRank(ModelRunner(backend, choice.limits, num_blocks), device.partition(":")[0])
+    runner = ModelRunner(backend, choice.limits, num_blocks)
+    return LoadedRank(runner, backend.device_type, _numerics(place.group, backend))
 
 
-def _least(group: Group, num_blocks: int) -> int:
-    """What every rank has room for."""
-    everyones = np.empty(group.size, np.int64)
-    group.all_gather(everyones, np.array([num_blocks], np.int64))
-    return int(everyones.min())
+def _everyones(group: Group, value: int) -> np.ndarray:
+    """A number of every rank, by rank."""
+    values = np.empty(group.size, np.int64)
+    group.all_gather(values, np.array([value], np.int64))
+    return values
+
+
+def _numerics(group: Group, backend: Backend) -> str:
+    """The backend's on this rank, with a mark where other ranks have others."""
+    digest = hashlib.blake2b(backend.numerics.encode(), digest_size=8).digest()
+    digests = _everyones(group, int.from_bytes(digest, "little", signed=True))
+    if (digests == digests[0]).all():
+        return backend.numerics
+    mark = hashlib.blake2b(digests.tobytes(), digest_size=4).hexdigest()
+    return f"{backend.numerics}/ranks-{mark}"
 
 
 def _dtype(config: EngineConfig, model: ModelConfig) -> str:
@@ -222,6 +240,16 @@ def _device(config: EngineConfig, place: Place) -> str:
             f"{torch.cuda.device_count()}: give a smaller --tensor-parallel-size, or --device cpu"
         )
     return "cuda" if place.local_size == 1 else f"cuda:{place.local_rank}"
+
+
+def _check_devices(on_gpu: np.ndarray) -> None:
+    """Ranks with a GPU and ranks without would wait for each other. Raises ValueError."""
+    (without,) = np.nonzero(on_gpu == 0)
+    if 0 < len(without) < len(on_gpu):
+        raise ValueError(
+            f"torch finds no CUDA device for rank {', '.join(map(str, without))} of {len(on_gpu)}, "
+            "but for the others: mend the host, or give --device cpu"
+        )
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -41,7 +41,7 @@ class ExpectedCost:
         others = c.decode_cost(query, pods, self.prices) + c.memory_wait(query, pods)
         prefill = local_cost(query, pods, self.prices)
         decodes = self._remote_decodes(query, pods, others)
-        prefills = prefill_candidates(query, pods, self.prices) if len(decodes) else []
+        prefills = prefill_candidates(query, pods, decodes, self.prices)
         if prefills:
             remote = remote_costs(query, pods, (prefills, decodes.tolist()), self.prices)
             asks = c.uncached(query, pods) >= self.min_tokens
@@ -73,7 +73,7 @@ class CheapestPrefill:
         """The prefill pod's slot; None to prefill on the decode pod."""
         if query.prompt_len - pods.cached_tokens[decode] < self.min_tokens:
             return None
-        prefills = prefill_candidates(query, pods, self.prices)
+        prefills = prefill_candidates(query, pods, np.array([decode]), self.prices)
         if not prefills:
             return None
         remote = remote_costs(query, pods, (prefills, [decode]), self.prices)[:, 0]
@@ -102,12 +102,15 @@ def remote_costs(
         ttft = c.remote_ttft(query, few, at, prices)[: len(decodes)]
         costs[row] = ttft + scaled[at] - plain[at]  # its harm and role, its time is in the first
         costs[row, [d == slot for d in decodes]] = np.inf  # to itself it would be local
+        costs[row, few.kv_layout[: len(decodes)] != few.kv_layout[at]] = np.inf
     return costs
 
 
-def prefill_candidates(query: RouteQuery, pods: Endpoints, prices: c.Prices) -> list[int]:
-    """The cheapest pods to prefill the query, whichever pod decodes it."""
-    kept: Flags = np.ones(len(pods), bool)
+def prefill_candidates(
+    query: RouteQuery, pods: Endpoints, decodes: NDArray[np.int64], prices: c.Prices
+) -> list[int]:
+    """The cheapest pods to prefill the query for one of `decodes`."""
+    kept: Flags = np.isin(pods.kv_layout, pods.kv_layout[decodes])
     for f in PREFILL_FILTERS:
         kept = f.keep(query, pods, kept)
     slots = c.cheapest(c.prefill_cost(query, pods, prices), kept, CANDIDATES)

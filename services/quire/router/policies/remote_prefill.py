@@ -1,4 +1,5 @@
-"""Prefill pods for the policies that compare no costs: a decode-only pod gets the least busy one.
+"""Prefill pods for the policies that compare no costs: a decode-only pod gets the least busy one
+that it can exchange blocks with.
 
 A pod whose role has no prefilling gets a prefill pod for every prompt that is long enough; any
 other pod prefills what it decodes.
@@ -9,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from quire.router.filters import PREFILL_FILTERS
 from quire.router.pickers import Lowest
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from quire.router.endpoints import Endpoints, Flags
     from quire.router.query import RouteQuery
 
@@ -32,7 +33,7 @@ class RemoteForDecodeOnly:
         short = query.prompt_len - pods.cached_tokens[decode] < self.min_tokens
         if pods.prefill_weight[decode] > 0 or short:
             return None
-        kept: Flags = np.ones(len(pods), bool)
+        kept: Flags = pods.kv_layout == pods.kv_layout[decode]
         for f in PREFILL_FILTERS:
             kept = f.keep(query, pods, kept)
         if not kept.any():
