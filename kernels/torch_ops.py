@@ -12,7 +12,7 @@ The cache is in `KvOrder.PLAIN`. The residual stream is float32 [T, H], as on th
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -112,6 +112,13 @@ class Residual:
             self.stream += self.product
             self.product = None
         return self.stream
+
+    def __getitem__(self, rows: torch.Tensor) -> Residual:
+        """Copies of some rows."""
+        return Residual(self.stream[rows], None if self.product is None else self.product[rows])
+
+
+Rows = TypeVar("Rows", torch.Tensor, Residual)
 
 
 @dataclass(frozen=True)
@@ -318,10 +325,9 @@ class TorchOps:
     def _cache(self, layer: int) -> LayerCache:
         return LayerCache(self.pool, self.layout, layer)
 
-    def take_logit_rows(self, x: Residual) -> Residual:
-        """The rows whose logits are wanted: [R, H]."""
-        rows = self.step.logit_rows
-        return Residual(x.stream[rows], None if x.product is None else x.product[rows])
+    def take_logit_rows(self, x: Rows) -> Rows:
+        """The rows of x [T, columns] whose logits are wanted: [R, columns]."""
+        return x[self.step.logit_rows]
 
     def logits(self, x: torch.Tensor, w: AnyTable) -> torch.Tensor:
         """x [R, H] @ w.T in float32: [R, V]; on ranks beyond the first this rank's columns."""

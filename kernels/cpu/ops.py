@@ -256,7 +256,7 @@ class CpuOps(Packer):
         return out
 
     def take_logit_rows(self, x: Buffer) -> Buffer:
-        """The rows of x [T, H] whose logits are wanted: [R, H], same dtype."""
+        """The rows of x [T, columns] whose logits are wanted: [R, columns], same dtype."""
         if x.domain != TOKENS:
             raise ValueError("logit rows were taken already")
         out = self._buffers.take(LOGIT_ROWS, x.columns, x.dtype)

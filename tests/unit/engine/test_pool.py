@@ -54,6 +54,15 @@ def test_least_recently_used_prefixes_are_evicted_first() -> None:
     assert pool.match(chain(2)) == []
 
 
+def test_the_block_given_back_last_is_taken_first() -> None:
+    """Else every sequence gets memory that was never touched, until the whole pool has been."""
+    pool = BlockPool(8)
+    first, second = pool.allocate(2), pool.allocate(2)
+    pool.release(second)
+    pool.release(first)
+    assert pool.allocate(4) == first + second
+
+
 def test_promised_blocks_are_not_given_to_others() -> None:
     pool = BlockPool(4)
     pool.promised = 3

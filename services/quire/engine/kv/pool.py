@@ -85,7 +85,9 @@ class BlockPool:
         self._parent: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         self._hash_xor = 0
-        self._free: deque[int] = deque(range(num_blocks))
+        # Last given back, first taken: its memory is the likeliest to be in a cache, and to be there
+        # at all, as the system makes pages when they are first written.
+        self._free = list(range(num_blocks - 1, -1, -1))
         # Unreferenced cached blocks, least recently used first.
         self._lru: OrderedDict[int, None] = OrderedDict()
 
@@ -130,7 +132,7 @@ class BlockPool:
         self.promised -= promised
         blocks = []
         for _ in range(count):
-            block = self._free.popleft() if self._free else self._evict()
+            block = self._free.pop() if self._free else self._evict()
             self._refs[block] = 1
             blocks.append(block)
         return blocks

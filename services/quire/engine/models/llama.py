@@ -69,11 +69,12 @@ class Llama:
             qkv = ops.linear(h, layer.qkv)
             q = ops.rope_and_cache(qkv, layer.index, layer.shape, self.rope, layer.qk_norms)
             h = ops.attention(q, layer.index, layer.shape)
+            if layer is self.layers[-1]:  # from here on a row serves its own logits alone
+                h, x = ops.take_logit_rows(h), ops.take_logit_rows(x)
             x = ops.linear_add(h, layer.o, x)
             h = ops.rms_norm(x, layer.post_norm, self.eps)
             h = ops.gate_up_silu(h, layer.gate_up)
             x = ops.linear_add(h, layer.down, x)
-        x = ops.take_logit_rows(x)
         return ops.logits(ops.rms_norm(x, self.norm, self.eps), self.head)
 
 
