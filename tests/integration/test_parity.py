@@ -62,21 +62,15 @@ def request(number: int, ids: list[int], max_tokens: int = NEW_TOKENS, **params)
 def generate(engine: Engine, requests: list[EngineRequest]):
     """Greedy tokens per request, and the logits each token was drawn from."""
     logits = {}
-    execute, compute = engine.runner.execute, engine.runner.backend.compute
-    last = {}
+    sample = engine.runner.backend.sample
 
-    def keep(inputs):
-        last["logits"] = compute(inputs)
-        return last["logits"]
+    def record(rows, batch):
+        for i, row in enumerate(batch.rows.tolist()):
+            key = (int(batch.seed[i]), int(batch.position[i]))
+            logits[key] = torch.as_tensor(rows[row]).float().clone()
+        return sample(rows, batch)
 
-    def record(plan):
-        result = execute(plan)
-        for i, row in enumerate(plan.sampling.rows.tolist()):
-            key = (int(plan.sampling.seed[i]), int(plan.sampling.position[i]))
-            logits[key] = torch.as_tensor(last["logits"][row]).float().clone()
-        return result
-
-    engine.runner.execute, engine.runner.backend.compute = record, keep
+    engine.runner.backend.sample = record
     try:
         for entry in requests:
             engine.add_request(entry)
@@ -85,7 +79,7 @@ def generate(engine: Engine, requests: list[EngineRequest]):
             collector.take(engine.step())
             engine.pool.check_integrity()
     finally:
-        engine.runner.execute, engine.runner.backend.compute = execute, compute
+        engine.runner.backend.sample = sample
     return {int(key[0]): tokens for key, tokens in collector.tokens.items()}, logits
 
 

@@ -64,6 +64,7 @@ def make_engine(
         max_model_len=max_model_len,
         dtype="float32",
         device="cpu",
+        async_scheduling=bool(config.async_scheduling),
     )
     return Engine(config, loaded)
 

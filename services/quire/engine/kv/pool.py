@@ -152,25 +152,20 @@ class BlockPool:
                     self._lru[block] = None
 
     def register(self, block: int, block_hash: bytes, parent: bytes) -> int:
-        """Make an owned, fully computed block findable under its hash.
+        """Make an owned, fully computed block findable under its hash, if it is not yet.
 
         Returns the block that is known under the hash from now on: another one when two sequences
-        computed the same content at the same time. The caller may swap to it (see `adopt`).
+        computed the same content at the same time. The caller may hold that one instead.
         """
         if not self.caching:
             return block
         known = self._by_hash.setdefault(block_hash, block)
-        if known == block:
+        if known == block and self._hash[block] is None:
             self._hash[block] = block_hash
             self._parent[block] = parent
             self._hash_xor ^= int.from_bytes(block_hash, "little")
             self._emit(block_hash, parent, stored=True)
         return known
-
-    def adopt(self, mine: int, known: int) -> None:
-        """Hold `known` instead of `mine`: the same content, kept once."""
-        self.acquire((known,))
-        self.release((mine,))
 
     def reset_cache(self) -> int:
         """Forget every cached prefix; blocks in use stay valid. Returns the prefixes forgotten."""
