@@ -24,7 +24,7 @@ products are summed over ranks, so one rank alone has the bias) and `logits` (jo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import torch
 
     from quire.kernels.quantized import Matrix
+
+T = TypeVar("T", int, "np.ndarray", "torch.Tensor")
 
 Value = Any
 """An activation: a torch tensor (eager) or a handle to a static buffer (recording)."""
@@ -49,12 +51,28 @@ class StepInputs:
     [query_start[s], query_start[s+1]), whose positions end at context_lens[s] - 1.
     """
 
-    token_ids: np.ndarray  # [T]
+    token_ids: np.ndarray  # [T]; see `drawn_as` for those below zero
     positions: np.ndarray  # [T] absolute position of each token in its sequence
     query_start: np.ndarray  # [S + 1]
     context_lens: np.ndarray  # [S] tokens in the cache once this step's are written
     block_tables: np.ndarray  # [S, B] block id of each 16-token block; entries past the end unused
     logit_rows: np.ndarray  # [R] rows of T to compute logits for
+
+
+def drawn_as(draw: T) -> T:
+    """What stands in an array of token ids for a token that the host does not know yet, below zero:
+    number `draw` of those drawn last, by a step that may still be under way."""
+    return -1 - draw
+
+
+def with_drawn(token_ids: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Token ids [T] with those that stand for a draw replaced by what was drawn [N]."""
+    stand_in = token_ids < 0
+    if not stand_in.any():
+        return token_ids
+    token_ids = token_ids.copy()
+    token_ids[stand_in] = drawn[drawn_as(token_ids[stand_in])]
+    return token_ids
 
 
 @dataclass(frozen=True)
@@ -136,8 +154,8 @@ class Ops(Protocol):
         """Causal paged attention of the step's rows over their sequences' cache: [T, nh * hd]."""
 
     def take_logit_rows(self, x: Value) -> Value:
-        """The rows of x [T, columns] whose logits are wanted: [R, columns]. A residual stream and what
-        is to be added to it are taken from together."""
+        """The rows of x [T, columns] whose logits are wanted: [R, columns]. A residual stream and
+        what is to be added to it are taken from together."""
 
     def logits(self, x: Value, w: Linear) -> Value:
         """x @ w.T in float32: [R, V]; on ranks beyond the first, something to be ignored."""

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from quire.kernels.ops import AttentionShape
     from quire.kernels.reference import LayerCache
     from quire.kernels.sampling import SamplingBatch
-    from quire.kernels.staging import Staging
     from quire.kernels.torch_ops import HeadRule, Residual, Step
 
 
@@ -78,7 +77,7 @@ class TorchKernels:
             )[0].transpose(0, 1)
         return out
 
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch, staging: Staging) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         """Draw tokens of logits [R, V]: int32 [2, N], token and whether there was none to draw."""
         return torch_sampler.draw(logits, batch)
 

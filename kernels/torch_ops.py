@@ -20,10 +20,10 @@ import torch.nn.functional as F
 
 from quire.kernels.group import ALONE, part_of
 from quire.kernels.layout import KvLayout, KvOrder
-from quire.kernels.ops import Rope
+from quire.kernels.ops import Rope, drawn_as
 from quire.kernels.quantized import split_kinds, stack
 from quire.kernels.reference import LayerCache, cache_slots
-from quire.kernels.staging import Staging
+from quire.kernels.staging import put, to_device
 from quire.kernels.torch_kernels import TorchKernels
 from quire.kernels.torch_quantized import StoredQuantized
 
@@ -77,7 +77,7 @@ class Step:
     """What the kernels derive from the arrays once per step and share between layers."""
 
     @classmethod
-    def of(cls, inputs: StepInputs, staging: Staging) -> Step:
+    def of(cls, inputs: StepInputs, device: torch.device) -> Step:
         """Move the arrays in one transfer; the views below are slices of it."""
         _, block, slot = cache_slots(inputs)
         parts = [
@@ -88,7 +88,7 @@ class Step:
             inputs.logit_rows,
             inputs.block_tables,
         ]
-        tokens, positions, blocks, slots, logit_rows, tables = staging.put(parts)
+        tokens, positions, blocks, slots, logit_rows, tables = put(parts, device)
         return cls(inputs, tokens, positions, blocks, slots, logit_rows, tables)
 
     @property
@@ -151,7 +151,7 @@ class StepKernels(Protocol):
     ) -> torch.Tensor:
         """Attention of q [T, nh, hd] over the cache: [T, nh, hd]."""
 
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch, staging: Staging) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         """Draw tokens of logits [R, V]: int32 [2, N], token and whether there was none to draw."""
 
 
@@ -193,7 +193,8 @@ class TorchOps:
             (num_blocks, *layout.block_shape), dtype=self.dtype, device=self.device
         )
         self.device = self.pool.device  # with its index
-        self.staging = Staging(self.device)
+        self.drawn = torch.empty(0, dtype=torch.int32, device=self.device)
+        """Tokens [N] drawn last, which the ids of a step may stand for."""
         self._step: Step | None = None
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -263,7 +264,16 @@ class TorchOps:
 
     def begin(self, inputs: StepInputs) -> None:
         """Start a step: put its arrays on the device."""
-        self._step = Step.of(inputs, self.staging)
+        step = Step.of(inputs, self.device)
+        self._step = replace(step, token_ids=self.known(step.token_ids, inputs.token_ids))
+
+    def known(self, token_ids: torch.Tensor, on_host: np.ndarray) -> torch.Tensor:
+        """Token ids [T], also given as the host has them, with those that stand for a draw replaced
+        by what was drawn."""
+        if not (on_host < 0).any():
+            return token_ids
+        draws = drawn_as(token_ids).clamp(min=0)
+        return torch.where(token_ids < 0, self.drawn.index_select(0, draws), token_ids)
 
     def begin_static(self, step: Step) -> None:
         """Start a step over arrays that are on the device already."""
@@ -273,7 +283,7 @@ class TorchOps:
         """Copy blocks, pairs [n, 2] of (source, destination), as if one after the other."""
         # a copy at once reads every source first, which differs where one is also written
         is_chained = bool(np.isin(pairs[:, 0], pairs[:, 1]).any())
-        index = torch.from_numpy(pairs.astype(np.int64)).to(self.device)
+        index = to_device(pairs.astype(np.int64), self.device)
         for part in torch.split(index, 1) if is_chained else (index,):
             self.pool[part[:, 1]] = self.pool[part[:, 0]]
 

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from quire.kernels.staging import to_device
+
 if TYPE_CHECKING:
     from quire.kernels.sampling import LogitEdits, SamplingBatch
 
@@ -80,10 +82,10 @@ def noise(
     seed = batch.seed[draws].astype(np.uint64)
     low, high = (seed & np.uint64(0xFFFFFFFF)), (seed >> np.uint64(32))
     # [draws, 1, 2]
-    key = torch.from_numpy(np.stack([low, high], -1).astype(np.int64)).to(device)[:, None]
+    key = to_device(np.stack([low, high], -1).astype(np.int64), device)[:, None]
     groups = torch.arange(-(-vocabulary // 4), device=device)
     position, choice = (
-        torch.from_numpy(x[draws].astype(np.int64)).to(device)[:, None].expand(-1, len(groups))
+        to_device(x[draws].astype(np.int64), device)[:, None].expand(-1, len(groups))
         for x in (batch.position, batch.choice)
     )
     # [draws, V / 4, 4]
@@ -110,11 +112,11 @@ def _allow(logits: torch.Tensor, edits: LogitEdits, draws: slice) -> torch.Tenso
     row = edits.allowed_row[draws]
     if (row < 0).all():
         return logits
-    bits = torch.from_numpy(edits.allowed.view(np.int32)[row]).to(logits.device)
+    bits = to_device(edits.allowed.view(np.int32)[row], logits.device)
     token = torch.arange(logits.shape[1], device=logits.device)
     # [draws, V]
     allowed = (bits[:, token // 32] >> (token % 32)) & 1 == 1
-    unrestricted = torch.from_numpy(row < 0).to(logits.device)[:, None]
+    unrestricted = to_device(row < 0, logits.device)[:, None]
     return logits.masked_fill(~(allowed | unrestricted), NEGATIVE_INFINITY)
 
 
@@ -141,17 +143,17 @@ def apply_edits(logits: torch.Tensor, edits: LogitEdits, draws: slice) -> torch.
 
     starts = edits.bias_start[draws.start : draws.stop + 1]
     index, known = _flat_index(starts, edits.bias_ids, vocabulary)
-    at = torch.from_numpy(index[known]).to(flat.device)
-    value = torch.from_numpy(edits.bias_values[starts[0] : starts[-1]][known]).to(flat.device)
+    at = to_device(index[known], flat.device)
+    value = to_device(edits.bias_values[starts[0] : starts[-1]][known], flat.device)
     flat.index_put_((at,), value, accumulate=True)
 
     index, counts = _history_counts(edits, draws, vocabulary)
     draw = index // vocabulary
 
     def of_draw(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values[draws][draw]).to(flat.device)
+        return to_device(values[draws][draw], flat.device)
 
-    at, count = torch.from_numpy(index).to(flat.device), torch.from_numpy(counts).to(flat.device)
+    at, count = to_device(index, flat.device), to_device(counts, flat.device)
     repetition = of_draw(edits.repetition)
     x = flat[at]
     x = torch.where(x > 0, x / repetition, x * repetition)
@@ -174,10 +176,7 @@ class _Filters(NamedTuple):
     @classmethod
     def of(cls, batch: SamplingBatch, draws: slice, device: torch.device) -> _Filters:
         return cls(
-            *(
-                torch.from_numpy(np.ascontiguousarray(x[draws])).to(device)[:, None]
-                for x in (batch.top_k, batch.top_p, batch.min_p)
-            )
+            *(to_device(x[draws], device)[:, None] for x in (batch.top_k, batch.top_p, batch.min_p))
         )
 
 
@@ -212,13 +211,13 @@ def _draw(logits: torch.Tensor, batch: SamplingBatch, draws: slice) -> torch.Ten
     device = logits.device
     temperature = np.where(greedy, np.float32(1), batch.temperature[draws])
     scores = logits - logits.amax(1, keepdim=True)
-    scores /= torch.from_numpy(temperature).to(device)[:, None]
+    scores /= to_device(temperature, device)[:, None]
     scores = scores.nan_to_num(nan=NEGATIVE_INFINITY, neginf=NEGATIVE_INFINITY)
     if batch.top_k[draws].any() or (batch.top_p[draws] < 1).any() or batch.min_p[draws].any():
         keep = _keep(logits, scores, _Filters.of(batch, draws, device))
         scores = scores.masked_fill(~keep, NEGATIVE_INFINITY)
     drawn = _first_max(scores + noise(batch, draws, logits.shape[1], device))
-    return torch.where(torch.from_numpy(greedy).to(device), _first_max(logits), drawn)
+    return torch.where(to_device(greedy, device), _first_max(logits), drawn)
 
 
 def _first_max(x: torch.Tensor) -> torch.Tensor:
@@ -236,7 +235,7 @@ def sample(
     num_draws, vocabulary = len(batch.rows), logits.shape[1]
     tokens = torch.empty(num_draws, dtype=torch.int32, device=logits.device)
     step = max(1, CHUNK_ELEMENTS // vocabulary)
-    rows = torch.from_numpy(batch.rows.astype(np.int64)).to(logits.device)
+    rows = to_device(batch.rows.astype(np.int64), logits.device)
     for start in range(0, num_draws, step):
         draws = slice(start, min(start + step, num_draws))
         chunk = logits[rows[draws]].float()
@@ -267,17 +266,18 @@ class Logprobs(NamedTuple):
 
 
 def logprobs(
-    logits: torch.Tensor, rows: np.ndarray, token_ids: np.ndarray, num_top: int
+    logits: torch.Tensor, rows: np.ndarray, token_ids: torch.Tensor, num_top: int
 ) -> Logprobs:
-    """Log-softmax in float32 of the raw rows [N] of logits [R, V] at token_ids [N].
+    """Log-softmax in float32 of the raw rows [N] of logits [R, V] at token_ids [N], which are where
+    the logits are.
 
     Ranks and top tokens are in the order of the logits, then of token ids, so that a greedy token
     has rank 1 and comes first even where two log-probabilities round to the same value.
     """
     device = logits.device
-    index = torch.from_numpy(np.asarray(rows).astype(np.int64)).to(device)
+    index = to_device(np.asarray(rows).astype(np.int64), device)
     # [N, 1]
-    ids = torch.from_numpy(np.asarray(token_ids).astype(np.int64)).to(device)[:, None]
+    ids = token_ids.long()[:, None]
     x = logits[index].float().nan_to_num(NEGATIVE_INFINITY, LARGEST, NEGATIVE_INFINITY) + 0.0
     largest = x.amax(1, keepdim=True)
     # summed in float64: torch's own float32 log_softmax is off by 1e-5 at large vocabularies

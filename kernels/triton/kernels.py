@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from quire.kernels.ops import AttentionShape
     from quire.kernels.reference import LayerCache
     from quire.kernels.sampling import SamplingBatch
-    from quire.kernels.staging import Staging
     from quire.kernels.torch_ops import HeadRule, Residual, Step
     from quire.kernels.triton.plan import Tiling
 
@@ -65,8 +64,8 @@ class TritonKernels:
             step.plans[shape] = attend
         return attend(q, cache, step)
 
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch, staging: Staging) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         """Draw tokens of logits [R, V]: int32 [2, N], token and whether there was none to draw."""
         if is_plain(batch):
-            return draw(logits, batch, staging)
+            return draw(logits, batch)
         return torch_sampler.draw(logits, batch)

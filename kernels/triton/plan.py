@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from quire.kernels.staging import to_device
+
 if TYPE_CHECKING:
     from quire.kernels.ops import AttentionShape, StepInputs
 
@@ -201,7 +203,7 @@ def make_plan(
 
     counts = np.array([len(whole), len(split)])
     parts = [counts, whole.ravel(), split.ravel(), merges.ravel()]
-    on_device = torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device)
+    on_device = to_device(np.concatenate(parts).astype(np.int32), device)
     count, whole_part, split_part, merge_part = torch.split(on_device, [p.size for p in parts])
     return StepPlan(
         WorkList(whole_part.view(-1, 6), count[:1], whole_tile),

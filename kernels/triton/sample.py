@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from quire.kernels.staging import put
 from quire.kernels.torch_sampler import GREEDY_BELOW
 
 if TYPE_CHECKING:
     from quire.kernels.sampling import SamplingBatch
-    from quire.kernels.staging import Staging
 
 MAX_PARTS = 32
 """Programs per row, at most; a power of two."""
@@ -145,7 +145,7 @@ def is_plain(batch: SamplingBatch) -> bool:
     return batch.edits is None and not filters
 
 
-def draw(logits: torch.Tensor, batch: SamplingBatch, staging: Staging) -> torch.Tensor:
+def draw(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Tokens of a plain batch, and where there was no candidate: int32 [2, N] on the device."""
     num_draws, vocabulary = len(batch.rows), logits.shape[1]
     temperature = np.where(batch.temperature < GREEDY_BELOW, np.float32(0), batch.temperature)
@@ -158,7 +158,7 @@ def draw(logits: torch.Tensor, batch: SamplingBatch, staging: Staging) -> torch.
         batch.choice.view(np.int32),
         batch.position.view(np.int32),
     )
-    [draws] = staging.put([np.stack(fields)])
+    [draws] = put([np.stack(fields)], logits.device)
     parts = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(vocabulary, BLOCK)))
     turns = triton.cdiv(vocabulary, parts * BLOCK)
     largest, best = logits.new_empty((2, num_draws, parts), dtype=torch.float32)

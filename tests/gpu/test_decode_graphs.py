@@ -15,6 +15,7 @@ from tiny_models import TINY, VOCAB, build
 
 from quire.engine.runner.backend import StepLimits, TorchBackend
 from quire.engine.runner.graphs import bucket_sizes, is_decode, pad_decode
+from quire.kernels.ops import drawn_as
 
 pytest.importorskip("triton")
 
@@ -104,6 +105,17 @@ def test_a_replay_reads_the_step_anew(backend) -> None:
     other = step_of([([5], 15, [8]), ([6], 1, [1]), ([7], 3, [7])])
     assert not torch.equal(backend.compute(other), first)
     assert torch.equal(backend.compute(decode(3)), first)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_tokens_that_the_host_does_not_know_yet_are_those_drawn_last(backend, width) -> None:
+    """In a graph (one row each), and in a step with a chunk of a prompt."""
+    known = step_of([([11] * width, 21, [3, 9]), ([12], 3, [7]), ([13], 16, [0, 11])])
+    want = backend.compute(known).clone()
+    backend.ops.drawn = torch.tensor([13, 40, 12, 11], dtype=torch.int32, device=backend.ops.device)
+    ids = known.token_ids.copy()
+    ids[-2:] = [drawn_as(2), drawn_as(0)]
+    assert torch.equal(backend.compute(replace(known, token_ids=ids)), want)
 
 
 def test_only_wanted_logits_are_returned(backend) -> None:

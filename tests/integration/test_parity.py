@@ -62,21 +62,15 @@ def request(number: int, ids: list[int], max_tokens: int = NEW_TOKENS, **params)
 def generate(engine: Engine, requests: list[EngineRequest]):
     """Greedy tokens per request, and the logits each token was drawn from."""
     logits = {}
-    execute, compute = engine.runner.execute, engine.runner.backend.compute
-    last = {}
+    sample = engine.runner.backend.sample
 
-    def keep(inputs):
-        last["logits"] = compute(inputs)
-        return last["logits"]
+    def record(rows, batch):
+        for i, row in enumerate(batch.rows.tolist()):
+            key = (int(batch.seed[i]), int(batch.position[i]))
+            logits[key] = torch.as_tensor(rows[row]).float().clone()
+        return sample(rows, batch)
 
-    def record(plan):
-        result = execute(plan)
-        for i, row in enumerate(plan.sampling.rows.tolist()):
-            key = (int(plan.sampling.seed[i]), int(plan.sampling.position[i]))
-            logits[key] = torch.as_tensor(last["logits"][row]).float().clone()
-        return result
-
-    engine.runner.execute, engine.runner.backend.compute = record, keep
+    engine.runner.backend.sample = record
     try:
         for entry in requests:
             engine.add_request(entry)
@@ -85,7 +79,7 @@ def generate(engine: Engine, requests: list[EngineRequest]):
             collector.take(engine.step())
             engine.pool.check_integrity()
     finally:
-        engine.runner.execute, engine.runner.backend.compute = execute, compute
+        engine.runner.backend.sample = sample
     return {int(key[0]): tokens for key, tokens in collector.tokens.items()}, logits
 
 
@@ -141,10 +135,13 @@ def test_greedy_tokens_equal_transformers_in_every_way_to_get_there(checkpoint, 
     want = {i: reference_tokens(model, ids) for i, ids in prompts.items()}
     requests = [request(i, ids) for i, ids in prompts.items()]
 
-    batched = load(folder)
-    assert generate(batched, requests)[0] == want, "batched"
-    assert generate(batched, requests)[0] == want, "with a prefix hit"
-    assert batched.scheduler.counters.cache_hits > 100
+    for ahead in (False, True):
+        batched = load(folder, async_scheduling=ahead)
+        assert generate(batched, requests)[0] == want, "batched"
+        assert generate(batched, requests)[0] == want, "with a prefix hit"
+        assert batched.scheduler.counters.cache_hits > 100
+    eager = load(folder, async_scheduling=True, enforce_eager=True)
+    assert generate(eager, requests)[0] == want, "operation by operation"
     alone = load(folder)
     for entry in requests:
         number = int(entry.request_id)
@@ -178,18 +175,24 @@ def test_logits_are_the_same_bits_in_every_way_to_get_there(checkpoint, index, d
     batched = load(folder)
     check(batched, "batched")
     check(batched, "prefix hit")
-    check(load(folder, max_num_batched_tokens=8, max_num_seqs=5), "chunked")
+    small = {"max_num_batched_tokens": 8, "max_num_seqs": 5}
     block_bytes = alone.runner.backend.layout.block_bytes
-    tight = load(folder, kv_cache_memory_bytes=12 * block_bytes, max_model_len=110)
-    check(tight, "preempted")
-    assert tight.scheduler.counters.preemptions > 0
+    few = {"kv_cache_memory_bytes": 12 * block_bytes, "max_model_len": 110}
+    for ahead in (False, True):
+        check(load(folder, async_scheduling=ahead, **small), f"chunked, {ahead=}")
+        tight = load(folder, async_scheduling=ahead, **few)
+        check(tight, f"preempted, {ahead=}")
+        assert tight.scheduler.counters.preemptions > 0
     check(load(folder, num_threads=1), "one thread")
 
 
-def test_prompt_logprobs_equal_transformers(checkpoint) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
+def test_prompt_logprobs_equal_transformers(checkpoint, ahead, eager) -> None:
     folder, model = checkpoint(0, "float32")
     ids = prompt(3, 70)
-    engine = load(folder, max_num_batched_tokens=16)
+    how = {"async_scheduling": ahead, "enforce_eager": eager}
+    engine = load(folder, max_num_batched_tokens=16, max_num_seqs=8, **how)
     engine.add_request(request(1, ids, prompt_logprobs=3, logprobs=2))
     outputs = []
     while engine.has_work:

@@ -29,7 +29,9 @@ def torch_sample(logits: np.ndarray, batch: SamplingBatch, invalid=None) -> np.n
 
 
 def torch_logprobs(logits: np.ndarray, *args: Any) -> list[np.ndarray]:
-    return [x.numpy() for x in torch_sampler.logprobs(torch.from_numpy(logits), *args)]
+    rows, ids, num_top = args
+    found = torch_sampler.logprobs(torch.from_numpy(logits), rows, torch.as_tensor(ids), num_top)
+    return [x.numpy() for x in found]
 
 
 @pytest.fixture(scope="module")

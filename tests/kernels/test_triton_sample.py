@@ -12,7 +12,6 @@ triton = pytest.importorskip("triton")
 
 from quire.kernels import torch_sampler  # noqa: E402
 from quire.kernels.sampling import SamplingBatch  # noqa: E402
-from quire.kernels.staging import Staging  # noqa: E402
 from quire.kernels.triton import sample  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +37,7 @@ def batch(count: int, rows: int, seed: int = 0) -> SamplingBatch:
 
 
 def check(logits: torch.Tensor, draws: SamplingBatch) -> torch.Tensor:
-    got = sample.draw(logits.to(DEVICE), draws, Staging(DEVICE)).cpu()
+    got = sample.draw(logits.to(DEVICE), draws).cpu()
     assert torch.equal(got, torch_sampler.draw(logits, draws))
     return got
 

@@ -65,6 +65,7 @@ def make_engine(
         dtype="float32",
         device="cpu",
         numerics="fake",
+        async_scheduling=bool(config.async_scheduling),
     )
     return Engine(config, loaded)
 

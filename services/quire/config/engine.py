@@ -51,6 +51,9 @@ class EngineConfig:
     """Prompt tokens that may wait, over all waiting requests."""
     scheduling_policy: str = option("fcfs", "scheduler", choices=("fcfs", "priority"))
     """fcfs, or priority (lower value first, then arrival)."""
+    async_scheduling: bool | None = option(None, "scheduler")
+    """Plan the next step while one runs: by default on a GPU, which computes beside the host, and
+    not on a CPU. Not possible with tensor parallelism."""
     watermark: float = option(0.01, "cache")
     """Share of KV blocks kept free when admitting, so that running requests are not preempted."""
     tensor_parallel_size: int = option(1, "execution", aliases=("-tp",))
@@ -83,6 +86,11 @@ class EngineConfig:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): every running sequence needs one token a step"
+            )
+        if self.async_scheduling and self.tensor_parallel_size > 1:
+            raise ValueError(
+                "async_scheduling is not possible with tensor_parallel_size > 1: the other ranks "
+                "know drawn tokens from the next step's plan only"
             )
         if self.memory_utilization is not None and not 0 < self.memory_utilization <= 1:
             raise ValueError(f"memory_utilization must be in (0, 1], not {self.memory_utilization}")

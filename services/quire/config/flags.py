@@ -164,7 +164,7 @@ def _spellings(o: Option) -> tuple[list[str], list[str]]:
     if o.kind is not bool:
         return list(o.flags), []
     negated = [f"--no-{flag[2:]}" for flag in o.flags if flag.startswith("--")]
-    if o.default:
+    if o.default is not False:
         return [o.flags[0], negated[0]], [*o.flags[1:], *negated[1:]]
     return [o.flags[0]], [*o.flags[1:], *negated]
 

@@ -1,7 +1,11 @@
 """The engine: requests in, tokens out, one step at a time.
 
-    add_request / abort  ->  scheduler.schedule() -> StepPlan -> runner.execute(plan) -> StepResult
-                             -> scheduler.update() -> ChoiceOutputs
+    add_request / abort  ->  scheduler.schedule() -> StepPlan -> runner.launch(plan) ...
+                         ... wait() -> StepResult -> scheduler.update() -> ChoiceOutputs
+
+With async scheduling a step runs while the next is planned: a call of `step` launches step n + 1
+and then waits for step n, whose outputs the caller hands on while n + 1 runs. Without, it waits for
+the step that it launched. Nothing else differs.
 
 Single-threaded: whoever owns the engine calls everything from one thread. `LLM` steps it in the
 caller's thread; a worker gives it a thread of its own (`loop.py`).
@@ -10,6 +14,8 @@ caller's thread; a worker gives it a thread of its own (`loop.py`).
 from __future__ import annotations
 
 import time
+from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quire.api import block_hash
@@ -20,15 +26,30 @@ from quire.engine.pace import Pace
 from quire.engine.request import EngineRequest, FinishReason, RequestState, Sequence
 from quire.engine.runner.load import load_model
 from quire.engine.runner.memory import give_back
-from quire.engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from quire.engine.scheduler.limits import SchedulerLimits
+from quire.engine.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quire.config.engine import EngineConfig
     from quire.engine.output import ChoiceOutput
     from quire.engine.parallel.spread import Spread
     from quire.engine.runner.load import LoadedModel, Report
+    from quire.engine.scheduler.batch import ScheduledStep
+    from quire.engine.scheduler.plan import StepResult
 
 RETRY_BOUNDS_S = (1.0, 30.0)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step under way."""
+
+    scheduled: ScheduledStep
+    wait: Callable[[], StepResult]
+    began: float
+    """time.monotonic() when its planning began."""
 
 
 class Engine:
@@ -51,6 +72,12 @@ class Engine:
             ),
         )
         self.pace = Pace()
+        self.step_s = 0.0
+        """Seconds that the last finished step took, or made the ones before it longer by."""
+        self._ahead = int(loaded.async_scheduling)
+        """Steps that may be under way when `step` returns."""
+        self._launched: deque[_Launched] = deque()
+        self._landed = 0.0
 
     @classmethod
     def load(cls, config: EngineConfig, report: Report, spread: Spread | None = None) -> Engine:
@@ -60,7 +87,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """A request is waiting or running."""
+        """A request is waiting or running, or a step under way."""
         return self.scheduler.has_work
 
     def add_request(self, request: EngineRequest) -> None:
@@ -99,15 +126,27 @@ class Engine:
         return self.scheduler.finish_request(request_id, FinishReason.ABORT, choice)
 
     def step(self) -> list[ChoiceOutput]:
-        """Run one step; what it gave to whom. Empty when there was nothing to do."""
-        now = time.monotonic()
-        outputs = self.scheduler.expire(now)
+        """Plan and launch the next step, if there is one to plan; then wait for the oldest under
+        way, unless it may run beside the next plan. Returns what that step gave to whom."""
+        began = time.monotonic()
+        outputs = self.scheduler.expire(began)
         scheduled = self.scheduler.schedule()
-        if scheduled is None:
-            return outputs
-        result = self.runner.execute(scheduled.plan)
-        outputs += self.scheduler.update(scheduled, result)
-        self.pace.note_step([c.num_tokens for c in scheduled.chunks], time.monotonic() - now)
+        if scheduled is not None:
+            self._launched.append(_Launched(scheduled, self.runner.launch(scheduled.plan), began))
+        if scheduled is None or len(self._launched) > self._ahead:
+            outputs += self._land()
+        return outputs
+
+    def _land(self) -> list[ChoiceOutput]:
+        """Wait for the oldest step under way, if any, and take in its result."""
+        if not self._launched:
+            return []
+        step = self._launched.popleft()
+        outputs = self.scheduler.update(step.scheduled, step.wait())
+        # steps under way at once overlap: from the end of the one before
+        began, self._landed = max(step.began, self._landed), time.monotonic()
+        self.step_s = self._landed - began
+        self.pace.note_step([c.num_tokens for c in step.scheduled.chunks], self.step_s)
         return outputs
 
     def reset_prefix_cache(self) -> int:

@@ -60,6 +60,7 @@ class StepRecord:
     step: int
     num_tokens: int
     duration_s: float
+    """From the end of the step before, where that ended after this one began."""
 
 
 @dataclass(frozen=True)
@@ -175,12 +176,12 @@ class EngineLoop:
 
     def _step(self) -> None:
         counters = self.engine.scheduler.counters
-        start, computed = time.monotonic(), counters.computed_tokens
+        computed = counters.computed_tokens
         outputs = self.engine.step()
         self._last_progress = time.monotonic()
         self.state = self._look()
         self._hand_out_transfers()
-        self._deliver(outputs, counters.computed_tokens - computed, self._last_progress - start)
+        self._deliver(outputs, counters.computed_tokens - computed, self.engine.step_s)
 
     def _hand_out_transfers(self) -> None:
         scheduler = self.engine.scheduler

@@ -3,11 +3,12 @@
 A request asks for `n` choices; each choice is one `Sequence`. All tokens of a sequence, prompt and
 output, are one list; how far the KV cache has caught up with it is one number:
 
-    tokens   [0 ............ num_prompt ............ num_tokens)
-    in cache [0 .... num_computed)                                 chases num_tokens
+    tokens   [0 ............ num_prompt ............ num_tokens)[drawn, not known yet)
+    in cache [0 .... num_computed)                                   chases num_planned
 
 There is no "prefill" or "decode" state: a prefill, a chunk of one, a decode step, a recompute after
-preemption and a prefix-cache hit are all `num_computed` catching up with `num_tokens`.
+preemption and a prefix-cache hit are all `num_computed` catching up with `num_planned`, which is
+`num_tokens` and one more while a step under way draws the next token.
 """
 
 from __future__ import annotations
@@ -94,6 +95,13 @@ class RequestState:
     """Another pod is to compute the prompt, and has not failed to."""
     order: tuple[int, float] = (0, 0.0)
     """Smaller is served first and preempted last: (priority if used, arrival)."""
+    draws_by_history: bool = field(init=False)
+    """The logits of a draw are edited by the tokens before it, which the host has to know."""
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        has_long_words = any(len(word) > 1 for word in params.bad_words_ids)
+        self.draws_by_history = params.has_penalties or has_long_words
 
 
 class Sequence:
@@ -103,10 +111,12 @@ class Sequence:
         "block_hashes",
         "block_table",
         "choice",
+        "draw",
         "finished",
         "hash_root",
         "num_computed",
         "num_forks",
+        "num_pending",
         "num_promised",
         "num_prompt",
         "num_registered",
@@ -121,7 +131,11 @@ class Sequence:
         self.tokens = tokens
         self.num_prompt = len(state.request.prompt_token_ids)
         self.num_computed = 0
-        """Tokens whose KV is in the cache."""
+        """Tokens whose KV is in the cache once the steps planned so far have run."""
+        self.num_pending = 0
+        """Tokens that steps under way draw."""
+        self.draw = -1
+        """Which draw of the newest of those steps is this sequence's."""
         self.num_forks = 0
         """Further choices to fork off when the first token is drawn."""
         self.num_promised = 0
@@ -147,9 +161,14 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def num_planned(self) -> int:
+        """Tokens known once the steps under way have run."""
+        return len(self.tokens) + self.num_pending
+
+    @property
     def is_prefill(self) -> bool:
         """More than the newest token is missing in the cache."""
-        return len(self.tokens) - self.num_computed > 1
+        return self.num_planned - self.num_computed > 1
 
     def append(self, token: int) -> None:
         """Add a drawn token and, when it fills a block, that block's hash."""
@@ -164,7 +183,8 @@ class Sequence:
         child = Sequence.__new__(Sequence)
         child.state, child.choice, child.tokens = self.state, choice, self.tokens.copy()
         child.num_prompt, child.num_computed = self.num_prompt, self.num_computed
-        child.num_forks = child.num_promised = 0
+        child.num_forks = child.num_promised = child.num_pending = 0
+        child.draw = -1
         child.block_table = self.block_table.copy()
         child.hash_root, child.block_hashes = self.hash_root, self.block_hashes.copy()
         child.num_registered = self.num_registered

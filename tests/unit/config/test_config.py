@@ -52,6 +52,7 @@ def test_a_config_cannot_be_changed_and_shows_no_secret():
         ({"trust_remote_code": True}, "never run"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"tensor_parallel_size": 2, "async_scheduling": True}, "is not possible"),
         ({"memory_utilization": 0.5, "gpu-memory-utilization": 0.6}, "given twice"),
         ({"block_size": 32}, "block_size is fixed at 16"),
         ({"max_num_batched_tokens": 8}, "must be at least"),

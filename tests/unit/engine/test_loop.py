@@ -45,14 +45,14 @@ def clock(monkeypatch):
 def test_a_long_step_that_gets_on_is_no_stall(clock) -> None:
     engine, ears = make_engine(), Ears()
     inside, go_on = threading.Event(), threading.Event()
-    execute = engine.runner.execute
+    launch = engine.runner.launch
 
     def slowly(plan):
         inside.set()
         assert go_on.wait(30)
-        return execute(plan)
+        return launch(plan)
 
-    engine.runner.execute = slowly
+    engine.runner.launch = slowly
     loop = EngineLoop(engine, ears)
     assert loop.stalled_s() == 0.0
     loop.start()

@@ -87,7 +87,8 @@ def test_equal_content_computed_twice_is_kept_once() -> None:
     [twin] = pool.allocate(1)
     known = pool.register(twin, hashes[0], ROOT)
     assert known == mine
-    pool.adopt(twin, known)
+    pool.acquire((known,))
+    pool.release((twin,))
     assert pool.counts().owned == 1
     assert pool.ref_count(mine) == 2
     pool.check_integrity()
@@ -154,7 +155,8 @@ class PoolMachine(RuleBasedStateMachine):
         for i in range(len(found), len(ids)):
             known = self.pool.register(blocks[i], hashes[i], hashes[i - 1] if i else ROOT)
             if known != blocks[i]:
-                self.pool.adopt(blocks[i], known)
+                self.pool.acquire((known,))
+                self.pool.release((blocks[i],))
                 blocks[i] = known
         for block in blocks:
             self.held[block] = self.held.get(block, 0) + 1

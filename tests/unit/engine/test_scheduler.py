@@ -59,15 +59,18 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert engine.scheduler.counters.cache_hits == 48
 
 
-def test_a_burst_with_one_prefix_computes_it_once_even_while_it_is_being_computed() -> None:
-    engine = make_engine(max_num_batched_tokens=32)
+@pytest.mark.parametrize(("async_scheduling", "under_way"), [(False, 16), (True, 48)])
+def test_a_burst_with_one_prefix_computes_it_once_even_while_it_is_being_computed(
+    async_scheduling, under_way
+) -> None:
+    engine = make_engine(max_num_batched_tokens=32, async_scheduling=async_scheduling)
     prefix = [i % 50 for i in range(96)]
     requests = [make_request(str(i), [*prefix, i], max_tokens=2, ignore_eos=True) for i in range(4)]
     for request in requests:
         engine.add_request(request)
     check_outputs(engine, requests, run(engine))
     # 4 x 97 tokens asked for; the prefix once, plus what steps in flight could not yet share
-    assert engine.scheduler.counters.computed_tokens < 2 * 97 + 16
+    assert engine.scheduler.counters.computed_tokens < 2 * 97 + under_way
     assert_nothing_held(engine)
 
 
@@ -142,8 +145,9 @@ def test_priority_goes_before_arrival_only_under_the_priority_policy() -> None:
         run(engine)
 
 
-def test_a_resumed_request_goes_on_at_the_same_position() -> None:
-    engine = make_engine()
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_resumed_request_goes_on_at_the_same_position(async_scheduling) -> None:
+    engine = make_engine(async_scheduling=async_scheduling)
     request = make_request("a", [4] * 20, n=2, max_tokens=12, ignore_eos=True)
     whole = [expected_output(engine, request, c) for c in range(2)]
     resumed = make_request(
@@ -191,8 +195,9 @@ def test_a_resumed_request_runs_only_the_choices_that_are_left() -> None:
     assert_nothing_held(engine)
 
 
-def test_min_tokens_keeps_a_choice_going_past_a_stop() -> None:
-    engine = make_engine(vocab_size=3, max_model_len=64)
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_min_tokens_keeps_a_choice_going_past_a_stop(async_scheduling) -> None:
+    engine = make_engine(vocab_size=3, max_model_len=64, async_scheduling=async_scheduling)
     request = make_request("a", [1, 2], max_tokens=30, min_tokens=10)
     engine.add_request(request)
     collector = run(engine)
@@ -251,8 +256,12 @@ def test_a_request_that_can_never_be_served_is_refused_by_name(request_, param) 
     assert_nothing_held(engine)
 
 
-def test_prompt_logprobs_cover_every_position_once_in_any_chunking() -> None:
-    engine = make_engine(num_blocks=20, max_num_batched_tokens=24, max_num_seqs=4, max_model_len=96)
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_prompt_logprobs_cover_every_position_once_in_any_chunking(async_scheduling) -> None:
+    engine = make_engine(
+        num_blocks=20, max_num_batched_tokens=24, max_num_seqs=4, max_model_len=96,
+        async_scheduling=async_scheduling,
+    )  # fmt: skip
     for i in range(3):
         engine.add_request(
             make_request(str(i), [7] * 50, max_tokens=20, prompt_logprobs=1, ignore_eos=True)
@@ -266,8 +275,9 @@ def test_prompt_logprobs_cover_every_position_once_in_any_chunking() -> None:
     assert_nothing_held(engine)
 
 
-def test_a_request_without_finite_logits_fails_alone() -> None:
-    engine = make_engine()
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_request_without_finite_logits_fails_alone(async_scheduling) -> None:
+    engine = make_engine(async_scheduling=async_scheduling)
     engine.runner.broken_seeds.add(13)
     good = make_request("good", [1] * 20, max_tokens=9, ignore_eos=True)
     engine.add_request(good)

@@ -85,8 +85,8 @@ class BlockPool:
         self._parent: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         self._hash_xor = 0
-        # Last given back, first taken: its memory is the likeliest to be in a cache, and to be there
-        # at all, as the system makes pages when they are first written.
+        # Last given back, first taken: its memory is the likeliest to be in a cache, and to be
+        # there at all, as the system makes pages when they are first written.
         self._free = list(range(num_blocks - 1, -1, -1))
         # Unreferenced cached blocks, least recently used first.
         self._lru: OrderedDict[int, None] = OrderedDict()
@@ -154,25 +154,20 @@ class BlockPool:
                     self._lru[block] = None
 
     def register(self, block: int, block_hash: bytes, parent: bytes) -> int:
-        """Make an owned, fully computed block findable under its hash.
+        """Make an owned, fully computed block findable under its hash, if it is not yet.
 
         Returns the block that is known under the hash from now on: another one when two sequences
-        computed the same content at the same time. The caller may swap to it (see `adopt`).
+        computed the same content at the same time. The caller may hold that one instead.
         """
         if not self.caching:
             return block
         known = self._by_hash.setdefault(block_hash, block)
-        if known == block:
+        if known == block and self._hash[block] is None:
             self._hash[block] = block_hash
             self._parent[block] = parent
             self._hash_xor ^= int.from_bytes(block_hash, "little")
             self._emit(block_hash, parent, stored=True)
         return known
-
-    def adopt(self, mine: int, known: int) -> None:
-        """Hold `known` instead of `mine`: the same content, kept once."""
-        self.acquire((known,))
-        self.release((mine,))
 
     def reset_cache(self) -> int:
         """Forget every cached prefix; blocks in use stay valid. Returns the prefixes forgotten."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 from quire.engine.runner.runner import ModelRunner
 
 if TYPE_CHECKING:
-    from quire.engine.scheduler.plan import StepPlan, StepResult
+    from quire.engine.runner.runner import Wait
+    from quire.engine.scheduler.plan import StepPlan
 
 
 class Followers(Protocol):
@@ -30,13 +31,14 @@ class ParallelRunner(ModelRunner):
         super().__init__(own.backend, own.limits, own.num_blocks)
         self._followers = followers
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Copy blocks and compute on every rank, draw on this one."""
+    def launch(self, plan: StepPlan) -> Wait:
+        """Copy blocks and compute on every rank, draw on this one. The others are told the tokens
+        with the next plan, so a step is complete when this returns."""
         self._followers.send(plan)
         try:
-            result = super().execute(plan)
+            result = super().launch(plan)()
         except Exception as error:
             self._followers.give_up(error)
             raise
         self._followers.check()  # an exchange between GPUs that is broken off raises nothing
-        return result
+        return lambda: result

@@ -1,11 +1,16 @@
 """The ways a step is computed, behind one small interface.
 
 A backend's life: `ops` packs the weights while the model is built over it; `allocate` gives it the
-KV pool and makes the model's step ready to run; then `compute` and `sample`, step after step.
+KV pool and makes the model's step ready to run; then `compute`, `sample` and `fetch`, step after
+step. The tokens that `sample` draws stay where they are drawn too: the next `compute` may name them
+(`ops.drawn_as`) before the host has seen them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -13,19 +18,21 @@ import torch
 
 from quire.engine.runner.memory import available_host_bytes
 from quire.engine.runner.pool_copies import PoolCopies
-from quire.engine.scheduler.plan import LogprobArrays
 from quire.kernels import numerics, torch_sampler
 from quire.kernels.cpu import KV_ORDERS, CpuOps, StepLimits, Team, alloc_pool
 from quire.kernels.cpu.sampler import CpuSampler
 from quire.kernels.group import ALONE
 from quire.kernels.layout import KvLayout, KvOrder
-from quire.kernels.staging import Fetch
+from quire.kernels.ops import with_drawn
+from quire.kernels.staging import fetch, to_device
 from quire.kernels.torch_ops import TorchOps
 from quire.transfer.layout import Shard, heads_of
 from quire.transfer.memory import HostMemory
 from quire.transfer.staging import StagedMemory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from quire.engine.models.config import ModelConfig
     from quire.engine.models.llama import Llama
     from quire.kernels.cpu import Program
@@ -36,6 +43,12 @@ if TYPE_CHECKING:
 
 Logits = Any
 """[R, V] float32, in the backend's own array type; valid until the next step."""
+
+Arrays = tuple[Any, ...]
+"""Arrays in the backend's own type, perhaps still being computed."""
+
+Fetched = Callable[[], list[list[np.ndarray]]]
+"""Waits for groups of arrays, and returns copies on the host."""
 
 __all__ = ["Backend", "CpuBackend", "Logits", "StepLimits", "TorchBackend"]
 
@@ -50,6 +63,8 @@ class Backend(Protocol):
     """See `quire.kernels.numerics`."""
     is_batch_invariant: bool
     """A row's logits are the same bits whatever shares its step and however its prompt was cut."""
+    returns_early: bool
+    """Steps run on after `compute` and `sample` have returned, in order: the host is free then."""
 
     @property
     def ops(self) -> Ops:
@@ -70,22 +85,22 @@ class Backend(Protocol):
         """Copy whole blocks; pairs [C, 2] int32 of (source, destination), in order."""
 
     def compute(self, inputs: StepInputs) -> Logits:
-        """Run the model on a step. On a device it may still run afterwards: see `finish`."""
-
-    def finish(self) -> None:
-        """Return when the step is complete. What is said of its blocks holds from then on: a block
-        that it wrote can be sent, one that it used last can be given away and received into."""
+        """Run the model on a step."""
 
     def progress(self) -> float:
         """Changes while `compute` gets on within a step, where that can be seen. Any thread."""
 
-    def sample(self, logits: Logits, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Draw tokens: [N] int32; and [N] bool, set where a draw had no finite logit."""
+    def sample(self, logits: Logits, batch: SamplingBatch) -> Arrays:
+        """Draw tokens: [N] int32; and [N], not zero where a draw had no finite logit."""
 
     def logprobs(
         self, logits: Logits, rows: np.ndarray, token_ids: np.ndarray, num_top: int
-    ) -> LogprobArrays:
-        """Log-probabilities of token_ids [L] at the rows [L], with the `num_top` likeliest."""
+    ) -> Arrays:
+        """Log-probabilities of token_ids [L], known or drawn just now, at the rows [L], with the
+        `num_top` likeliest: the arrays of `LogprobArrays`."""
+
+    def fetch(self, groups: Sequence[Arrays]) -> Fetched:
+        """Bring a step's arrays to the host, behind everything launched so far."""
 
     def device_bytes(self) -> int:
         """Memory of a GPU that is held here, 0 on a CPU. Any thread."""
@@ -103,6 +118,7 @@ class CpuBackend:
 
     device_type = "cpu"
     is_batch_invariant = True
+    returns_early = False
 
     def __init__(
         self,
@@ -117,6 +133,7 @@ class CpuBackend:
         self.numerics = numerics.cpu_kernels()
         self.ops = CpuOps(self.layout, limits, self._team, group)
         self._sampler = CpuSampler(self._team)
+        self._drawn = np.empty(0, np.int32)
         self._program: Program | None = None
         self._pool: np.ndarray | None = None
 
@@ -150,25 +167,29 @@ class CpuBackend:
 
     def compute(self, inputs: StepInputs) -> np.ndarray:
         """Replay the step."""
-        return self.program.run(inputs)
-
-    def finish(self) -> None:
-        """It is complete."""
+        token_ids = with_drawn(inputs.token_ids, self._drawn)
+        return self.program.run(replace(inputs, token_ids=token_ids))
 
     def progress(self) -> float:
         """Changes with every operation of a step."""
         return self.program.progress()
 
-    def sample(self, logits: np.ndarray, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, logits: np.ndarray, batch: SamplingBatch) -> Arrays:
         """Draw tokens: [N] int32, and [N] bool for draws without a finite logit."""
         invalid = np.zeros(len(batch.rows), np.bool_)
-        return self._sampler.sample(logits, batch, invalid), invalid
+        self._drawn = self._sampler.sample(logits, batch, invalid)
+        return self._drawn, invalid
 
     def logprobs(
         self, logits: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, num_top: int
-    ) -> LogprobArrays:
+    ) -> Arrays:
         """Log-probabilities of token_ids [L] at the rows [L]."""
-        return LogprobArrays(*self._sampler.logprobs(logits, rows, token_ids, num_top))
+        token_ids = with_drawn(token_ids, self._drawn)
+        return self._sampler.logprobs(logits, rows, token_ids, num_top)
+
+    def fetch(self, groups: Sequence[Arrays]) -> Fetched:
+        """They are here."""
+        return lambda: [list(group) for group in groups]
 
     def device_bytes(self) -> int:
         """None."""
@@ -190,10 +211,10 @@ class TorchBackend:
         self.device = torch.device(device)
         self.device_type = self.device.type
         self.numerics = numerics.torch_kernels(self.device)
+        self.returns_early = self.device_type == "cuda"
         if self.device_type == "cuda":
             torch.cuda.set_device(self.device)  # kernels and events go where this thread points
         self.ops = TorchOps(self.layout, 1, device, group=group)
-        self._fetch = Fetch(self.device)
         self._model: Llama | None = None
 
     def allocate(self, model: Llama, num_blocks: int) -> None:
@@ -233,29 +254,34 @@ class TorchBackend:
         logits: torch.Tensor = self._model.forward(self.ops)
         return logits
 
-    def finish(self) -> None:
-        """Wait for the stream that steps run on."""
-        if self.device_type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
     def progress(self) -> float:
         """Nothing can be seen within a step."""
         return 0.0
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Draw tokens: [N] int32, and [N] bool for draws without a finite logit."""
-        drawn = self.ops.kernels.sample(logits, batch, self.ops.staging)
-        tokens, invalid = self._fetch(drawn)
-        return tokens, invalid.astype(np.bool_)
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> Arrays:
+        """Draw tokens: [N] int32, and [N] int32, 1 for draws without a finite logit."""
+        tokens, invalid = self.ops.kernels.sample(logits, batch)
+        self.ops.drawn = tokens
+        return tokens, invalid
 
     @torch.inference_mode()
     def logprobs(
         self, logits: torch.Tensor, rows: np.ndarray, token_ids: np.ndarray, num_top: int
-    ) -> LogprobArrays:
+    ) -> Arrays:
         """Log-probabilities of token_ids [L] at the rows [L]."""
-        found = torch_sampler.logprobs(logits, rows, token_ids, num_top)
-        return LogprobArrays(*(part.cpu().numpy() for part in found))
+        ids = self.ops.known(to_device(token_ids, logits.device), token_ids)
+        return torch_sampler.logprobs(logits, rows, ids, num_top)
+
+    def fetch(self, groups: Sequence[Arrays]) -> Fetched:
+        """Copies to pinned memory behind the step, and one wait for all of them."""
+        wait = fetch([array for group in groups for array in group])
+
+        def fetched() -> list[list[np.ndarray]]:
+            arrays = iter(wait())
+            return [list(islice(arrays, len(group))) for group in groups]
+
+        return fetched
 
     def device_bytes(self) -> int:
         """As torch counts it."""

@@ -7,6 +7,7 @@ overwritten or reused too early changes the output, exactly where a real model's
 
 from __future__ import annotations
 
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,13 @@ import numpy as np
 
 from quire.engine.request import BLOCK_SIZE
 from quire.engine.scheduler.plan import LogprobArrays, StepPlan, StepResult
+from quire.kernels.ops import with_drawn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quire.engine.runner.backend import StepLimits
+    from quire.engine.runner.runner import Wait
 
 EMPTY = -1
 
@@ -41,15 +44,22 @@ class FakeRunner:
         self.operations = 0
         """What `progress` shows."""
         self.slots = np.full((num_blocks, BLOCK_SIZE), EMPTY, np.int64)
+        self._drawn = np.empty(0, np.int32)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> Wait:
+        """The step runs when it is waited for, as late as any device may: what it uses must still
+        be there."""
+        return partial(self._execute, plan)
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         """Write the step's tokens, then draw from what the cache holds."""
         for source, destination in plan.copies.tolist():
             self.slots[destination] = self.slots[source]
         inputs = plan.inputs
         owner = np.repeat(np.arange(len(inputs.context_lens)), np.diff(inputs.query_start))
         blocks = inputs.block_tables[owner, inputs.positions // BLOCK_SIZE]
-        self.slots[blocks, inputs.positions % BLOCK_SIZE] = inputs.token_ids
+        token_ids = with_drawn(inputs.token_ids, self._drawn)
+        self.slots[blocks, inputs.positions % BLOCK_SIZE] = token_ids
         sampling = plan.sampling
         tokens = []
         for i, logit_row in enumerate(sampling.rows.tolist()):
@@ -59,8 +69,9 @@ class FakeRunner:
                 raise AssertionError("a draw's position is not the length of its context")
             draw = (int(sampling.seed[i]), int(sampling.choice[i]))
             tokens.append(expected_token(context, draw, self.vocab_size))
+        self._drawn = np.array(tokens, np.int32)
         return StepResult(
-            token_ids=np.array(tokens, np.int32),
+            token_ids=self._drawn,
             invalid=np.isin(sampling.seed, list(self.broken_seeds)),
             logprobs=_zeros(len(plan.logprob_draws), plan.num_logprobs),
             prompt_logprobs=_zeros(len(plan.prompt_rows), plan.num_prompt_logprobs),

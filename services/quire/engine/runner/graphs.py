@@ -19,6 +19,7 @@ import torch
 
 from quire.kernels.ops import StepInputs
 from quire.kernels.reference import cache_slots
+from quire.kernels.staging import put, to_device
 from quire.kernels.torch_ops import Step
 
 if TYPE_CHECKING:
@@ -133,15 +134,16 @@ class DecodeGraphs:
         rows = inputs.logit_rows
         if np.array_equal(rows, np.arange(num_rows)):
             return logits[:num_rows]
-        return logits[torch.from_numpy(rows.astype(np.int64)).to(logits.device)]
+        return logits[to_device(rows.astype(np.int64), logits.device)]
 
     def _fill(self, inputs: StepInputs) -> None:
         """Put a padded step into the static buffers: one transfer, two copies on the device."""
         size, columns = inputs.block_tables.shape
         _, block, slot = cache_slots(inputs)
         fields = (inputs.token_ids, inputs.positions, block, slot, inputs.logit_rows)
-        rows, tables = self._ops.staging.put([np.stack(fields), inputs.block_tables])
+        rows, tables = put([np.stack(fields), inputs.block_tables], self._ops.device)
         self._fields[:, :size].copy_(rows)
+        self._fields[0, :size].copy_(self._ops.known(rows[0], inputs.token_ids))
         self._tables[:size, :columns].copy_(tables)
 
     def _work(self, size: int) -> None:

@@ -23,6 +23,7 @@ from quire.engine.runner import memory
 from quire.engine.runner.backend import Backend, CpuBackend, StepLimits, TorchBackend
 from quire.engine.runner.cuda import CudaBackend
 from quire.engine.runner.runner import ModelRunner, largest_step
+from quire.engine.runner.stream import HostStream
 from quire.kernels.cpu import CpuKernelsUnavailable
 from quire.kernels.group import ALONE
 from quire.text.folder import locate
@@ -77,6 +78,8 @@ class LoadedModel:
     device: str
     numerics: str
     """See `quire.kernels.numerics`; of all ranks."""
+    async_scheduling: bool
+    """The next step is planned while one runs."""
     gang: Gang | None = None
     """The other ranks, when there are any."""
 
@@ -156,7 +159,17 @@ def loaded_model(choice: ModelChoice, rank: LoadedRank) -> LoadedModel:
         dtype=choice.dtype,
         device=rank.device,
         numerics=rank.numerics,
+        async_scheduling=plans_ahead(choice.options, rank.runner.backend),
     )
+
+
+def plans_ahead(config: EngineConfig, backend: Backend) -> bool:
+    """Whether steps are planned while one runs: as asked for, else where the device runs beside the
+    host. The ranks of a group have no tokens but those in their plans."""
+    if config.tensor_parallel_size > 1:
+        return False
+    asked = config.async_scheduling
+    return backend.returns_early if asked is None else asked
 
 
 def find_model(config: EngineConfig) -> ModelChoice:
@@ -199,7 +212,9 @@ def load_rank(choice: ModelChoice, place: Place, report: Report) -> LoadedRank:
     report(Startup("warm_up", f"{num_blocks} KV blocks"))
     backend.allocate(model, num_blocks)
     _warm_up(backend, choice.limits, num_blocks)
-    runner = ModelRunner(backend, choice.limits, num_blocks)
+    in_thread = plans_ahead(choice.options, backend) and not backend.returns_early
+    stream = HostStream("steps") if in_thread else None
+    runner = ModelRunner(backend, choice.limits, num_blocks, stream)
     return LoadedRank(runner, backend.device_type, _numerics(place.group, backend))
 
 

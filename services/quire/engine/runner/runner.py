@@ -2,59 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quire.engine.scheduler.plan import LogprobArrays, StepPlan, StepResult
-from quire.kernels.ops import StepInputs
+from quire.kernels.ops import StepInputs, drawn_as
 
 if TYPE_CHECKING:
-    from quire.engine.runner.backend import Backend, Logits, StepLimits
+    from quire.engine.runner.backend import Arrays, Backend, Fetched, StepLimits
+    from quire.engine.runner.stream import HostStream
+
+Wait = Callable[[], StepResult]
+"""Returns a launched step's result when the step is complete. To be called once."""
 
 
 class ModelRunner:
-    """Executes step plans on a backend whose pool is allocated."""
+    """Executes step plans, in the order they are launched, on a backend whose pool is allocated."""
 
-    def __init__(self, backend: Backend, limits: StepLimits, num_blocks: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        limits: StepLimits,
+        num_blocks: int,
+        stream: HostStream | None = None,
+    ) -> None:
+        """`stream`: where steps run on a backend that computes before it returns, for `launch` to
+        return at once all the same."""
         self.backend = backend
         self.limits = limits
         self.num_blocks = num_blocks
+        self._stream = stream
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Copy blocks, compute, draw."""
-        if len(plan.copies):
-            self.backend.copy_blocks(plan.copies)
-        logits = self.backend.compute(plan.inputs)
-        drawn, invalid = np.empty(0, np.int32), np.empty(0, np.bool_)
-        if len(plan.sampling.rows):
-            drawn, invalid = self.backend.sample(logits, plan.sampling)
-        self.backend.finish()
-        return StepResult(
-            token_ids=drawn,
-            invalid=invalid,
-            logprobs=self._drawn_logprobs(plan, logits, drawn),
-            prompt_logprobs=self._prompt_logprobs(plan, logits),
-        )
+    def launch(self, plan: StepPlan) -> Wait:
+        """Start a step: copy blocks, compute, draw. What is returned waits until it is complete.
+
+        What is said of its blocks holds from then on: a block that it wrote can be sent, one that
+        it used last can be given away and received into.
+        """
+        if self._stream is None:
+            return self._start(plan)
+        return self._stream.submit(lambda: self._start(plan)())
 
     def progress(self) -> float:
         """Changes while a step gets on, where that can be seen. Any thread."""
         return self.backend.progress()
 
-    def _drawn_logprobs(
-        self, plan: StepPlan, logits: Logits, drawn: np.ndarray
-    ) -> LogprobArrays | None:
-        draws = plan.logprob_draws
-        if not len(draws):
-            return None
-        rows = plan.sampling.rows[draws]
-        return self.backend.logprobs(logits, rows, drawn[draws], plan.num_logprobs)
+    def _start(self, plan: StepPlan) -> Wait:
+        backend = self.backend
+        if len(plan.copies):
+            backend.copy_blocks(plan.copies)
+        logits = backend.compute(plan.inputs)
+        drawn: Arrays = ()
+        scores: Arrays = ()
+        prompt_scores: Arrays = ()
+        if len(plan.sampling.rows):
+            drawn = backend.sample(logits, plan.sampling)
+        if len(draws := plan.logprob_draws):
+            rows = plan.sampling.rows[draws]
+            scores = backend.logprobs(logits, rows, drawn_as(draws), plan.num_logprobs)
+        if len(rows := plan.prompt_rows):
+            top = plan.num_prompt_logprobs
+            prompt_scores = backend.logprobs(logits, rows, plan.prompt_targets, top)
+        return partial(_result, backend.fetch((drawn, scores, prompt_scores)))
 
-    def _prompt_logprobs(self, plan: StepPlan, logits: Logits) -> LogprobArrays | None:
-        if not len(plan.prompt_rows):
-            return None
-        top = plan.num_prompt_logprobs
-        return self.backend.logprobs(logits, plan.prompt_rows, plan.prompt_targets, top)
+
+def _result(fetched: Fetched) -> StepResult:
+    """Of a step, once it is complete."""
+    drawn, scores, prompt_scores = fetched()
+    token_ids, invalid = drawn or (np.empty(0, np.int32), np.empty(0, np.bool_))
+    return StepResult(
+        token_ids=token_ids,
+        invalid=invalid.astype(np.bool_),
+        logprobs=LogprobArrays(*scores) if scores else None,
+        prompt_logprobs=LogprobArrays(*prompt_scores) if prompt_scores else None,
+    )
 
 
 def largest_step(limits: StepLimits, num_blocks: int) -> StepInputs:

@@ -13,7 +13,7 @@ import numpy as np
 
 from quire.engine.scheduler.edits import build_edits, needs_edits
 from quire.engine.scheduler.plan import StepPlan
-from quire.kernels.ops import StepInputs
+from quire.kernels.ops import StepInputs, drawn_as
 from quire.kernels.sampling import SamplingBatch
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ class ScheduledStep:
     draws: list[Draw]
     prompt_logprobs: list[tuple[Sequence, int]]
     """(sequence, how many of the plan's prompt rows are its), in row order."""
+    decides_next: bool
+    """The next step cannot be planned before this one's tokens are known: choices fork off with
+    them, or a sequence draws by its history."""
 
 
 _NO_COPIES = np.empty((0, 2), np.int32)
@@ -104,7 +107,8 @@ class Seats:
             num_prompt_logprobs=max((_prompt_logprobs(seq) for seq, _ in prompt), default=0),
         )
         owners = [(seq, len(rows)) for seq, rows in prompt]
-        return ScheduledStep(plan, chunks, draws, owners)
+        decides_next = any(d.seq.num_forks or d.seq.state.draws_by_history for d in draws)
+        return ScheduledStep(plan, chunks, draws, owners, decides_next)
 
     def _sampling(self, draws: list[Draw], rows: list[int]) -> SamplingBatch:
         seats = np.array([d.seq.seat for d in draws], np.intp)
@@ -116,7 +120,7 @@ class Seats:
             min_p=self.min_p[seats],
             seed=self.seed[seats],
             choice=np.array([d.choice for d in draws], np.uint32),
-            position=np.array([d.seq.num_tokens for d in draws], np.uint32),
+            position=np.array([d.seq.num_planned for d in draws], np.uint32),
             edits=build_edits([d.seq for d in draws], self.vocab_size)
             if any(needs_edits(d.seq) for d in draws)
             else None,
@@ -146,7 +150,7 @@ class _Builder:
                 prompt.append((seq, positions))
                 self.prompt_rows.extend(range(len(logit_rows), len(logit_rows) + len(positions)))
                 logit_rows.extend(first_row + p - start for p in positions)
-            if end == seq.num_tokens:
+            if end == seq.num_planned:
                 draw_rows.extend([len(logit_rows)] * (1 + seq.num_forks))
                 draws.append(Draw(seq, seq.choice))
                 draws.extend(Draw(seq, c) for c in range(1, 1 + seq.num_forks))
@@ -162,7 +166,8 @@ class _Builder:
         for seq, start, num_tokens in self.chunks:
             end = start + num_tokens
             if num_tokens == 1:
-                token_ids.append(seq.tokens[start])
+                is_known = start < len(seq.tokens)
+                token_ids.append(seq.tokens[start] if is_known else drawn_as(seq.draw))
                 positions.append(start)
             else:
                 token_ids.extend(seq.tokens[start:end])

@@ -23,12 +23,13 @@ def needs_edits(seq: Sequence) -> bool:
         or bool(params.logit_bias)
         or bool(params.bad_words_ids)
         or params.allowed_token_ids is not None
-        or seq.num_output < params.min_tokens
+        or _num_output(seq) < params.min_tokens
     )
 
 
 def build_edits(seqs: Seq[Sequence], vocab_size: int) -> LogitEdits:
-    """Edits of one draw per entry of `seqs`; entries that need none get neutral values."""
+    """Edits of one draw per entry of `seqs`; entries that need none get neutral values. Those that
+    draw by history have no token pending."""
     bias = [list(_biases(seq)) for seq in seqs]
     histories = [seq.tokens if seq.state.request.params.has_penalties else [] for seq in seqs]
     masks = [_mask(seq, vocab_size) for seq in seqs]
@@ -54,10 +55,15 @@ def build_edits(seqs: Seq[Sequence], vocab_size: int) -> LogitEdits:
     )
 
 
+def _num_output(seq: Sequence) -> int:
+    """Output tokens before the one to draw."""
+    return seq.num_planned - seq.num_prompt
+
+
 def _biases(seq: Sequence) -> Iterator[tuple[int, float]]:
     params = seq.state.request.params
     yield from params.logit_bias.items()
-    if seq.num_output < params.min_tokens:
+    if _num_output(seq) < params.min_tokens:
         for token in sorted(seq.state.stop_token_ids):
             yield token, -np.inf
     output = seq.tokens[seq.num_prompt :]

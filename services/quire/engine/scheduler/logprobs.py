@@ -23,13 +23,16 @@ def take_prompt_logprobs(scheduled: ScheduledStep, result: StepResult) -> None:
         row += count
 
 
-def add_logprobs(outputs: list[ChoiceOutput], scheduled: ScheduledStep, result: StepResult) -> None:
-    """Put the log-probability of each draw that wants it into its output."""
+def add_logprobs(
+    outputs: dict[int, ChoiceOutput], scheduled: ScheduledStep, result: StepResult
+) -> None:
+    """Put the log-probability of each draw that wants it into its output, given by draw."""
     if result.logprobs is None:
         return
     for row, draw in enumerate(scheduled.plan.logprob_draws.tolist()):
         num_top = scheduled.draws[draw].seq.state.request.params.logprobs or 0
-        outputs[draw].logprobs.append(_entry(result.logprobs, row, num_top))
+        if draw in outputs:
+            outputs[draw].logprobs.append(_entry(result.logprobs, row, num_top))
 
 
 def _entry(arrays: LogprobArrays, row: int, num_top: int) -> TokenLogprob:

@@ -88,7 +88,7 @@ class RemotePrefills:
         seq, _ = self._waiting[request_id]
         whole = min(num_blocks * BLOCK_SIZE, seq.num_tokens // BLOCK_SIZE * BLOCK_SIZE)
         seq.num_computed = max(seq.num_computed, whole)
-        self._running.register_blocks(seq)
+        self._running.register_blocks(seq, seq.num_computed)
 
     def complete(self, request_id: str) -> Sequence | None:
         """Every token of the sequence is in its blocks: it runs from here on. None when gone."""
@@ -98,7 +98,7 @@ class RemotePrefills:
         if seq.num_promised:
             raise AssertionError("complete before every block was bound")
         seq.num_computed = seq.num_tokens
-        self._running.register_blocks(seq)
+        self._running.register_blocks(seq, seq.num_computed)
         self._running.sequences.append(seq)
         return seq
 
@@ -140,11 +140,12 @@ class Exports:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._held
 
-    def note(self, seq: Sequence) -> BlocksReady | None:
-        """A chunk was computed: hold the blocks of the prompt that are new and complete."""
+    def note(self, seq: Sequence, num_done: int) -> BlocksReady | None:
+        """Now `num_done` tokens have been computed: hold the blocks of the prompt that are new and
+        complete."""
         held = self._held[seq.state.request.request_id]
-        is_last = seq.num_computed >= seq.num_prompt
-        end = -(-seq.num_prompt // BLOCK_SIZE) if is_last else seq.num_computed // BLOCK_SIZE
+        is_last = num_done >= seq.num_prompt
+        end = -(-seq.num_prompt // BLOCK_SIZE) if is_last else num_done // BLOCK_SIZE
         new = seq.block_table[len(held) : end]
         if not new:
             return None

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from quire.engine.kv.pool import BlockPool
     from quire.engine.request import Sequence
     from quire.engine.scheduler.batch import Seats
+    from quire.engine.scheduler.flight import Flight
 
 
 class Running:
     """Seats and blocks. `sequences` are those that a step may compute."""
 
-    def __init__(self, pool: BlockPool, seats: Seats) -> None:
+    def __init__(self, pool: BlockPool, seats: Seats, flight: Flight) -> None:
         self.pool = pool
         self.seats = seats
+        self._flight = flight
         self.sequences: list[Sequence] = []
         self.reserved_seats = 0
         """Seats that forks of started sequences will take."""
@@ -63,7 +65,7 @@ class Running:
             self.copies = [c for c in self.copies if c[1] not in seq.block_table]
         self.seats.leave(seq)
         self.reserved_seats -= seq.num_forks
-        self.pool.release(seq.block_table)
+        self._flight.release(seq.block_table)
         self.pool.promised -= seq.num_promised
         seq.block_table = []
         seq.num_promised = seq.num_computed = seq.num_registered = 0
@@ -103,9 +105,9 @@ class Running:
 
     def skip_cached(self, seq: Sequence) -> int:
         """Take over blocks that others have computed since; returns the tokens that saved."""
-        if seq.num_computed % BLOCK_SIZE or len(seq.block_table) * BLOCK_SIZE != seq.num_computed:
-            return 0
         start = len(seq.block_table)
+        if start * BLOCK_SIZE != seq.num_computed:
+            return 0
         found = self._cached_prefix(seq, start)
         if not found:
             return 0
@@ -115,19 +117,20 @@ class Running:
         self.pool.promised -= promised
         seq.block_table += found
         seq.num_computed += len(found) * BLOCK_SIZE
-        seq.num_registered = len(seq.block_table)
         self.seats.write_blocks(seq, start)
         self.cached_tokens += len(found) * BLOCK_SIZE
         return len(found) * BLOCK_SIZE
 
-    def register_blocks(self, seq: Sequence) -> None:
-        """Make newly filled blocks findable; content that two sequences computed is kept once."""
-        for i in range(seq.num_registered, seq.num_computed // BLOCK_SIZE):
+    def register_blocks(self, seq: Sequence, num_done: int) -> None:
+        """Make blocks findable that are filled now that `num_done` tokens have been computed;
+        content that two sequences computed is kept once."""
+        for i in range(seq.num_registered, num_done // BLOCK_SIZE):
             parent = seq.block_hashes[i - 1] if i else seq.hash_root
             mine = seq.block_table[i]
             known = self.pool.register(mine, seq.block_hashes[i], parent)
             if known != mine:
-                self.pool.adopt(mine, known)
+                self.pool.acquire((known,))
+                self._flight.release((mine,))
                 seq.block_table[i] = known
                 self.seats.write_blocks(seq, i)
             seq.num_registered = i + 1

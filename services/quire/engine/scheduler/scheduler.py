@@ -14,6 +14,11 @@ tokens it has, to be recomputed.
 
 Blocks are taken only for tokens that are about to be computed: at most the last block of a sequence
 is partly filled.
+
+The next step may be planned while one is under way: a decode goes on from the token that one draws,
+whatever it will be. Where the plan depends on what it will be, `schedule` waits (`_must_land`). A
+sequence that turns out to have ended was computed for nothing in the step under way; what that drew
+for it is dropped.
 """
 
 from __future__ import annotations
@@ -22,10 +27,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quire.engine.output import Admission, ChoiceOutput
+from quire.engine.output import ChoiceOutput
 from quire.engine.request import BLOCK_SIZE, FinishReason, RequestState, Sequence
+from quire.engine.scheduler.admission import admission
 from quire.engine.scheduler.batch import Chunk, ScheduledStep, Seats, prompt_logprob_positions
+from quire.engine.scheduler.flight import Flight
 from quire.engine.scheduler.handover import Handover
+from quire.engine.scheduler.limits import SchedulerCounters, SchedulerLimits
 from quire.engine.scheduler.logprobs import add_logprobs, take_prompt_logprobs
 from quire.engine.scheduler.queue import WaitingQueue
 from quire.engine.scheduler.remote import BlocksReady, Exports, PrefillNeeded, RemotePrefills
@@ -33,22 +41,9 @@ from quire.engine.scheduler.running import Running
 
 if TYPE_CHECKING:
     from quire.engine.kv.pool import BlockPool
-    from quire.engine.output import RemoteTimes, TokenLogprob
+    from quire.engine.output import TokenLogprob
+    from quire.engine.scheduler.batch import Draw
     from quire.engine.scheduler.plan import StepResult
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerLimits:
-    """Bounds of a step and of the scheduler's memory."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_logit_rows: int
-    """Rows of a step whose logits may be asked for; at least max_num_seqs."""
-    vocab_size: int
-    watermark_blocks: int = 0
-    """Blocks that admission leaves available for the running sequences to grow into."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +52,6 @@ class DrawnToken:
 
     token_id: int
     logprob: TokenLogprob | None = None
-
-
-@dataclass
-class SchedulerCounters:
-    """Totals since the start."""
-
-    steps: int = 0
-    preemptions: int = 0
-    computed_tokens: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    cache_queries: int = 0
-    """Prompt tokens looked up in the prefix cache."""
-    cache_hits: int = 0
 
 
 class Scheduler:
@@ -82,7 +63,8 @@ class Scheduler:
         self.waiting = WaitingQueue()
         max_blocks = -(-limits.max_model_len // BLOCK_SIZE)
         seats = Seats(limits.max_num_seqs, max_blocks, limits.vocab_size)
-        self.running = Running(pool, seats)
+        self.flight = Flight(pool)
+        self.running = Running(pool, seats, self.flight)
         self.remote = RemotePrefills(self.running)
         self.exports = Exports(pool)
         self.handover = Handover(pool, limits.watermark_blocks)
@@ -140,13 +122,13 @@ class Scheduler:
     def prefill_tokens(self) -> int:
         """Prompt tokens not yet computed, of waiting and running sequences."""
         prefills = (s for s in self.running.sequences if s.is_prefill)
-        running = sum(s.num_tokens - s.num_computed for s in prefills)
+        running = sum(s.num_planned - s.num_computed for s in prefills)
         return self.waiting.num_tokens + running
 
     @property
     def has_work(self) -> bool:
-        """A step would compute something."""
-        return bool(self.running.sequences) or self.waiting.num_sequences > 0
+        """A step would compute something, or one is under way."""
+        return bool(self.running.sequences or self.flight or self.waiting.num_sequences)
 
     @property
     def request_ids(self) -> list[str]:
@@ -165,13 +147,17 @@ class Scheduler:
     # ---- a step
 
     def schedule(self) -> ScheduledStep | None:
-        """Choose the next step's tokens and take their blocks; None when there is nothing to do."""
+        """Choose the next step's tokens and take their blocks; None when there is nothing to do, or
+        nothing before the step under way lands. What is returned has to be run, in this order, and
+        to come to `update`."""
+        if self._must_land():
+            return None
         self.running.copies = []
         preemptions = self.counters.preemptions
         chunks: dict[Sequence, Chunk] = {}
         budget = self._schedule_decodes(chunks)
         rows = self.limits.max_logit_rows - len(chunks)
-        for seq in [s for s in self.running.sequences if s not in chunks]:
+        for seq in [s for s in self.running.sequences if s.is_prefill and s not in chunks]:
             if budget <= 0:
                 break
             budget, rows = self._schedule_chunk(seq, chunks, budget, rows)
@@ -181,15 +167,35 @@ class Scheduler:
                     budget, rows = self._schedule_chunk(new, chunks, budget, rows)
         if not chunks:
             return None
-        step = self.counters.steps
-        return self.running.seats.build(step, list(chunks.values()), self.running.copies)
+        step = self.counters.steps + len(self.flight)
+        scheduled = self.running.seats.build(step, list(chunks.values()), self.running.copies)
+        self._begin(scheduled)
+        return scheduled
+
+    def _must_land(self) -> bool:
+        """The next plan depends on the results of the step under way: on its tokens, or, when the
+        blocks might not do for every sequence to go on, on who ends with it."""
+        newest = self.flight.newest
+        if newest is None:
+            return False
+        return newest.decides_next or self.pool.num_available < len(self.running.sequences)
+
+    def _begin(self, scheduled: ScheduledStep) -> None:
+        """Count as computed what the step will compute, and as pending what it will draw."""
+        for seq, start, count in scheduled.chunks:
+            seq.num_computed = start + count
+        for i, (seq, choice) in enumerate(scheduled.draws):
+            if choice == seq.choice:
+                seq.num_pending += 1
+                seq.draw = i
+        self.flight.begin(scheduled)
 
     def _schedule_decodes(self, chunks: dict[Sequence, Chunk]) -> int:
         """Give every running sequence that lacks one token that token; returns the budget left."""
         for seq in list(self.running.sequences):
-            if seq.seat < 0 or seq.is_prefill:
+            if seq.seat < 0 or seq.is_prefill or self._is_ending(seq):
                 continue
-            while not self.running.grow(seq, seq.num_tokens):
+            while not self.running.grow(seq, seq.num_planned):
                 victim = max(self.running.sequences, key=_age)
                 self._preempt(victim)
                 chunks.pop(victim, None)
@@ -204,7 +210,7 @@ class Scheduler:
     ) -> tuple[int, int]:
         """Give a prefilling sequence a chunk; returns the budget and the logit rows left."""
         self._count_cached(seq, self.running.skip_cached(seq))
-        missing = seq.num_tokens - seq.num_computed
+        missing = seq.num_planned - seq.num_computed
         count = min(missing, budget)
         wanted = prompt_logprob_positions(seq, seq.num_computed, seq.num_computed + count)
         if len(wanted) >= rows:
@@ -220,26 +226,35 @@ class Scheduler:
         return budget - count, rows - used
 
     def update(self, scheduled: ScheduledStep, result: StepResult) -> list[ChoiceOutput]:
-        """Take in what a step computed and drew: cached blocks, new tokens, finished choices."""
+        """Take in what the oldest step under way computed and drew: cached blocks, new tokens,
+        finished choices. What has ended meanwhile is passed over."""
+        self.flight.land(scheduled)
         self.counters.steps += 1
         now = time.monotonic()
         for seq, start, count in scheduled.chunks:
             self.counters.computed_tokens += count
-            seq.num_computed = start + count
-            self.running.register_blocks(seq)
-            if seq.state.request.request_id in self.exports:
-                ready = self.exports.note(seq)
-                self.blocks_ready += [ready] if ready is not None else []
+            if not seq.finished:
+                self._note_computed(seq, start + count)
         take_prompt_logprobs(scheduled, result)
         # Fork before any token is appended: all choices start from the prompt.
-        drawn = [
-            d.seq if d.choice == d.seq.choice else self._fork(d.seq, d.choice)
-            for d in scheduled.draws
-        ]
+        drawn = {
+            i: self._drawn_for(draw)
+            for i, draw in enumerate(scheduled.draws)
+            if not draw.seq.finished
+        }
         tokens = result.token_ids.tolist()
-        outputs = [self._append(seq, t, now) for seq, t in zip(drawn, tokens, strict=True)]
+        outputs = {i: self._append(seq, tokens[i], now) for i, seq in drawn.items()}
         add_logprobs(outputs, scheduled, result)
-        return self._fail_invalid(outputs, result) if result.invalid.any() else outputs
+        if result.invalid.any():
+            return self._fail_invalid(outputs, result)
+        return list(outputs.values())
+
+    def _note_computed(self, seq: Sequence, num_done: int) -> None:
+        """The first `num_done` tokens are in the cache: others may find and fetch their blocks."""
+        self.running.register_blocks(seq, num_done)
+        if seq.state.request.request_id in self.exports:
+            ready = self.exports.note(seq, num_done)
+            self.blocks_ready += [ready] if ready is not None else []
 
     def complete_remote(self, request_id: str, drawn: list[DrawnToken]) -> list[ChoiceOutput]:
         """The prompt's blocks are all in place, and its first tokens were drawn elsewhere, one per
@@ -256,11 +271,12 @@ class Scheduler:
             outputs.append(output)
         return outputs
 
-    def _fail_invalid(self, outputs: list[ChoiceOutput], result: StepResult) -> list[ChoiceOutput]:
+    def _fail_invalid(
+        self, outputs: dict[int, ChoiceOutput], result: StepResult
+    ) -> list[ChoiceOutput]:
         """End the requests of draws that had no finite logit; the others of the step go on."""
-        flagged = zip(outputs, result.invalid.tolist(), strict=True)
-        broken = {output.request_id for output, is_invalid in flagged if is_invalid}
-        kept = [output for output in outputs if output.request_id not in broken]
+        broken = {output.request_id for i, output in outputs.items() if result.invalid[i]}
+        kept = [output for output in outputs.values() if output.request_id not in broken]
         for request_id in sorted(broken):
             ended = self.finish_request(request_id, FinishReason.ERROR)
             kept += ended or [_error_output(request_id)]
@@ -301,6 +317,13 @@ class Scheduler:
         self.running.stop(seq)
         self.waiting.push(seq)
 
+    def _drawn_for(self, draw: Draw) -> Sequence:
+        """Whose token a draw is."""
+        if draw.choice != draw.seq.choice:
+            return self._fork(draw.seq, draw.choice)
+        draw.seq.num_pending -= 1
+        return draw.seq
+
     def _fork(self, parent: Sequence, choice: int) -> Sequence:
         child = self.running.fork(parent, choice)
         self._requests[parent.state.request.request_id].append(child)
@@ -313,15 +336,7 @@ class Scheduler:
         self.counters.generated_tokens += 1
         if state.first_token is None:
             state.first_token = now
-            scheduled = state.first_scheduled or now
-            cached = state.num_cached_tokens
-            output.admission = Admission(
-                cached, scheduled - state.arrival, now - scheduled,
-                inbox_s=state.arrival - state.request.received,
-                first_token=now,
-                remote=_remote_times(state, scheduled, now),
-                transferred_tokens=seq.num_prompt - cached if state.is_remote else 0,
-            )  # fmt: skip
+            output.admission = admission(state)
             output.prompt_logprobs = state.prompt_logprobs
         seq.append(token)
         reason = self._finish_reason(seq, token)
@@ -336,9 +351,16 @@ class Scheduler:
         state = seq.state
         if token in state.stop_token_ids and seq.num_output > state.request.params.min_tokens:
             return FinishReason.STOP
-        if seq.num_output >= state.max_tokens or seq.num_tokens >= self.limits.max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self._is_full(seq, seq.num_tokens) else None
+
+    def _is_full(self, seq: Sequence, num_tokens: int) -> bool:
+        """With so many tokens the sequence ends, whatever they are."""
+        most = seq.num_prompt + seq.state.max_tokens
+        return num_tokens >= most or num_tokens >= self.limits.max_model_len
+
+    def _is_ending(self, seq: Sequence) -> bool:
+        """The token that is pending is the sequence's last."""
+        return seq.num_pending > 0 and self._is_full(seq, seq.num_planned)
 
     def _finish(self, seq: Sequence) -> None:
         """The sequence ends: its blocks go back, the request is forgotten with its last choice."""
@@ -362,11 +384,6 @@ def _error_output(request_id: str) -> ChoiceOutput:
     output = ChoiceOutput(request_id, 0, 0, [], finish_reason=FinishReason.ERROR)
     output.last_of_request = True
     return output
-
-
-def _remote_times(state: RequestState, scheduled: float, now: float) -> RemoteTimes | None:
-    remote = state.request.remote
-    return None if remote is None else remote.times(scheduled, now)
 
 
 def _age(seq: Sequence) -> tuple[tuple[int, float], int]:
