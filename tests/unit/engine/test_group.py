@@ -47,8 +47,9 @@ class Lost:
 
 
 def test_what_a_broken_off_exchange_gave_is_no_result(monkeypatch) -> None:
-    monkeypatch.setattr(ModelRunner, "execute", lambda self, plan: "tokens that mean nothing")
+    nonsense = "tokens that mean nothing"
+    monkeypatch.setattr(ModelRunner, "launch", lambda self, plan: lambda: nonsense)
     runner = ParallelRunner.__new__(ParallelRunner)
     runner._followers = Lost()
     with pytest.raises(RankFailed, match="was killed"):
-        runner.execute(None)
+        runner.launch(None)
