@@ -15,7 +15,10 @@ import pytest
 from server import running_server
 
 ENGINE = ("--max-model-len", "512", "--kv-cache-memory-bytes", "32M", "--num-threads", "1")
-SPLIT = ("--prefill", "1", "--decode", "1", "--routing-policy", "least_load")
+# the reference is computed step by step, the workers plan a step ahead
+SPLIT = (
+    "--prefill", "1", "--decode", "1", "--routing-policy", "least_load", "--async-scheduling",
+)  # fmt: skip
 PATIENT = ("--kv-heartbeat-s", "5", "--kv-lease-s", "60")
 PROMPT = "import os\n" * 30 + "def read("
 CELLS = [

@@ -3,9 +3,12 @@
     schedule   which tokens, which blocks              execute   the model
     prepare    the step's arrays                       sample    drawing tokens
     update     tokens to sequences, blocks to cache    output    text for the caller
-    other      the rest of the loop
+    wait       for the step to be complete             other     the rest of the loop
 
-Phases are timed by wrapping the engine's own methods; a wrapper costs about a microsecond.
+A step's time is from the end of the one before to its own. With --async-scheduling `execute` and
+`sample` go on beside the other phases; what the model does not take of a step's time is outside it
+either way. Phases are timed by wrapping the engine's own methods, which costs about a microsecond
+each; the model on a GPU by events on its stream.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -25,7 +31,9 @@ from quire.config.engine import EngineConfig
 from quire.config.flags import Command, UsageError, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+
+    import torch
 
     from quire.llm import LLM
 
@@ -35,10 +43,12 @@ COMMAND = Command(
     owners=(EngineConfig, StepConfig, ResultConfig),
     positional="model",
 )
-PHASES = ("schedule", "prepare", "execute", "sample", "update", "output", "other")
+PHASES = ("schedule", "prepare", "execute", "sample", "wait", "update", "output", "other")
 MODEL_PHASE = "execute"
 MAX_ROWS = 10_000
 PREFILL_REPEATS = 3
+
+Method = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -54,26 +64,36 @@ class StepRow:
     phases: dict[str, float]
 
 
-@dataclass
 class StepClock:
     """Times the phases of an engine's steps until `detach`."""
 
-    llm: LLM
-    rows: list[StepRow] = field(default_factory=list)
-    _spent: dict[str, float] = field(default_factory=dict)
-    _wrapped: list[tuple[object, str]] = field(default_factory=list)
-    _sizes: tuple[int, int, int] = (0, 0, 0)
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.rows: list[StepRow] = []
+        self._spent: dict[str, float] = {}
+        self._here = 0.0
+        """Of that, on the engine's thread."""
+        self._since: float | None = None
+        """When the last step ended, or the engine's work began; None while it is idle."""
+        self._sizes: tuple[int, int, int] | None = None
+        """Of the step that has just finished."""
+        self._wrapped: list[tuple[object, str]] = []
+        self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        """Begin and end of the model, of the steps under way on a GPU."""
 
     def attach(self) -> StepClock:
         """Wrap the engine's methods. The inner of two nested phases is taken off the outer."""
         engine = self.llm.engine
-        self._wrap(engine.scheduler, "schedule", "schedule")
-        self._wrap(engine.scheduler.running.seats, "build", "prepare", inside="schedule")
-        self._wrap(engine.runner.backend, "compute", "execute")
-        self._wrap(engine.runner.backend, "sample", "sample")
-        self._wrap(engine.scheduler, "update", "update")
-        self._wrap(self.llm, "_take", "output")
-        self._wrap_step()
+        backend = engine.runner.backend
+        self._wrap(engine.scheduler, "schedule", self._timed("schedule"))
+        self._wrap(engine.scheduler.running.seats, "build", self._timed("prepare", "schedule"))
+        on_device = backend.device_type == "cuda"
+        self._wrap(backend, "compute", self._marked if on_device else self._timed("execute"))
+        self._wrap(backend, "sample", self._timed("sample"))
+        self._wrap(engine.runner, "launch", self._timed_wait)
+        self._wrap(engine.scheduler, "update", self._timed_update)
+        self._wrap(self.llm, "_take", self._timed("output"))
+        self._wrap(engine, "step", self._timed_step)
         return self
 
     def detach(self) -> None:
@@ -82,55 +102,87 @@ class StepClock:
             delattr(owner, name)
         self._wrapped.clear()
 
-    def _wrap(self, owner: object, name: str, phase: str, inside: str = "") -> None:
-        plain: Callable[..., Any] = getattr(owner, name)
-        spent = self._spent
-
-        def timed(*args: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            result = plain(*args, **options)
-            took = time.perf_counter() - began
-            spent[phase] = spent.get(phase, 0.0) + took
-            if inside:
-                spent[inside] = spent.get(inside, 0.0) - took
-            if phase == "schedule" and result is not None:
-                self._note_sizes(result)
-            if phase == "output" and self.rows:  # comes behind the step it belongs to
-                self._end_row(took)
-            return result
-
-        setattr(owner, name, timed)
+    def _wrap(self, owner: object, name: str, wrapper: Callable[[Method], Method]) -> None:
+        setattr(owner, name, wrapper(getattr(owner, name)))
         self._wrapped.append((owner, name))
 
-    def _wrap_step(self) -> None:
+    def _timed(self, phase: str, outer: str = "") -> Callable[[Method], Method]:
+        engine_thread = threading.get_ident()
+
+        def wrapper(plain: Method) -> Method:
+            def timed(*args: Any, **options: Any) -> Any:
+                began = time.perf_counter()
+                result = plain(*args, **options)
+                took = time.perf_counter() - began
+                self._spent[phase] = self._spent.get(phase, 0.0) + took
+                if outer:
+                    self._spent[outer] = self._spent.get(outer, 0.0) - took
+                elif threading.get_ident() == engine_thread:
+                    self._here += took
+                return result
+
+            return timed
+
+        return wrapper
+
+    def _timed_wait(self, launch: Method) -> Method:
+        return lambda plan: self._timed("wait")(launch(plan))
+
+    def _timed_update(self, plain: Method) -> Method:
+        timed = self._timed("update")(plain)
+
+        def update(scheduled: Any, result: Any) -> Any:
+            counts = [c.num_tokens for c in scheduled.chunks]
+            context = sum(c.start + c.num_tokens for c in scheduled.chunks)
+            self._sizes = (counts.count(1), sum(n for n in counts if n > 1), context)
+            if self._marks:
+                begin, end = self._marks.popleft()
+                self._spent[MODEL_PHASE] = begin.elapsed_time(end) / 1e3
+            return timed(scheduled, result)
+
+        return update
+
+    def _marked(self, plain: Method) -> Method:
+        import torch
+
+        def compute(inputs: Any) -> Any:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            logits = plain(inputs)
+            end.record()
+            self._marks.append((begin, end))
+            return logits
+
+        return compute
+
+    def _timed_step(self, plain: Method) -> Method:
         engine = self.llm.engine
-        plain = engine.step
 
         def step() -> Any:
-            self._spent.clear()
-            self._sizes = (0, 0, 0)
-            began = time.perf_counter()
+            if self._since is None:
+                self._since = time.perf_counter()
+                self._clear()
             outputs = plain()
-            took = time.perf_counter() - began
-            known = {phase: self._spent.get(phase, 0.0) for phase in PHASES}
-            known["other"] = took - sum(known.values())
-            if any(self._sizes) and len(self.rows) < MAX_ROWS:
-                self.rows.append(StepRow(*self._sizes, took, known))
+            if self._sizes is not None:
+                self._end_row(self._sizes, self._since)
+            if not engine.has_work:
+                self._since = None
             return outputs
 
-        setattr(engine, "step", step)  # noqa: B010 - mypy allows no assignment to a method
-        self._wrapped.append((engine, "step"))
+        return step
 
-    def _note_sizes(self, scheduled: Any) -> None:
-        counts = [c.num_tokens for c in scheduled.chunks]
-        context = sum(c.start + c.num_tokens for c in scheduled.chunks)
-        self._sizes = (counts.count(1), sum(n for n in counts if n > 1), context)
+    def _end_row(self, sizes: tuple[int, int, int], since: float) -> None:
+        self._since = time.perf_counter()
+        took = self._since - since
+        phases = {phase: self._spent.get(phase, 0.0) for phase in PHASES}
+        phases["other"] = took - self._here
+        if len(self.rows) < MAX_ROWS:
+            self.rows.append(StepRow(*sizes, took, phases))
+        self._clear()
 
-    def _end_row(self, output_s: float) -> None:
-        row = self.rows[-1]
-        if row.phases["output"] == 0.0:
-            phases = row.phases | {"output": output_s}
-            self.rows[-1] = replace(row, seconds=row.seconds + output_s, phases=phases)
+    def _clear(self) -> None:
+        self._spent.clear()
+        self._here, self._sizes = 0.0, None
 
 
 def run(argv: Sequence[str]) -> int:

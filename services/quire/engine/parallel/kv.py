@@ -4,8 +4,8 @@
             ◀─ {"event": ["delivered", …], "ref": […]} ──────            what came of it
 
 `start` and `fence` are answered; see `calls`. Verbs are carried out while a step runs: a step that
-rank 0 has finished (`Backend.finish`) has written and read its last block on every rank, because
-its last exchange comes after the last attention.
+rank 0 has finished (`ModelRunner.launch`) has written and read its last block on every rank,
+because its last exchange comes after the last attention.
 """
 
 from __future__ import annotations

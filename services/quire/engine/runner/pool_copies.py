@@ -7,11 +7,12 @@ Each direction has a CUDA stream and a thread of its own and returns when its co
 Neither waits for the stream that steps run on, nor does a step wait for them, because at no time do
 both have a block:
 
-    copied out   the step that wrote the block was complete (`Backend.finish`) before the block was
-                 offered, and no step writes it until it is released
-    copied in    the step that used the block last was complete before the block was granted, and
-                 blocks being received belong to nobody's step: no block table names them until
-                 they are delivered, which is told after `copy_in` has returned
+    copied out   the step that wrote the block was complete (`ModelRunner.launch`) before the block
+                 was offered, and no step writes it until it is released
+    copied in    the step that used the block last was complete before the block was granted
+                 (`scheduler.flight`), and blocks being received belong to nobody's step: no block
+                 table names them until they are delivered, which is told after `copy_in` has
+                 returned
 
 so that the order is one of events seen by the host, on every rank (see `parallel.kv`).
 """
