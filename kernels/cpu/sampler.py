@@ -91,7 +91,8 @@ class _Pointers:
     def to(self, array: np.ndarray, dtype: DTypeLike) -> int:
         array = np.ascontiguousarray(array, dtype)
         self._alive.append(array)
-        return int(array.ctypes.data)
+        address: int = array.__array_interface__["data"][0]  # `ctypes.data` makes objects for it
+        return address
 
     def edits(self, edits: LogitEdits) -> _EditArgs:
         return _EditArgs(

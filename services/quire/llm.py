@@ -173,23 +173,24 @@ class LLM:
             entry = live.get(output.request_id)
             if entry is None:
                 continue
-            self._extend(entry, output)
-            if entry.ended:
+            if self._extend(entry, output) and entry.ended:
                 entry.result.finished = True
                 del live[output.request_id]
                 if not output.last_of_request:
                     self.engine.abort(output.request_id)  # a stop string ended it
                 done(1)
 
-    def _extend(self, entry: _Live, output: ChoiceOutput) -> None:
+    def _extend(self, entry: _Live, output: ChoiceOutput) -> bool:
+        """Take in a choice's new tokens; returns whether they are its last."""
         choice, text = entry.result.outputs[output.choice], entry.texts[output.choice]
         end = None
         if output.finish_reason is not None:
             end = End(output.finish_reason.value, output.stop_token_id)
         delta = text.push(output.token_ids, output.logprobs, end)
-        choice.text += delta.text
         choice.token_ids += output.token_ids[: delta.num_tokens]
-        choice.finish_reason, choice.stop_reason = text.finish_reason, text.stop_reason
+        if delta.finish_reason is not None:
+            choice.text = text.text
+            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
         if entry.params.logprobs is not None and delta.num_tokens:
             pairs = zip(output.token_ids, output.logprobs[: delta.num_tokens], strict=False)
             entries = [self._logprobs(token, scored) for token, scored in pairs]
@@ -202,6 +203,7 @@ class LLM:
                 pairs = zip(entry.result.prompt_token_ids[1:], output.prompt_logprobs, strict=True)
                 scores = [self._logprobs(token, scored) for token, scored in pairs]
                 entry.result.prompt_logprobs = [None, *scores]
+        return delta.finish_reason is not None
 
     def _logprobs(self, token: int, scored: TokenLogprob) -> dict[int, Logprob]:
         """The drawn token first, then the most likely ones, as vLLM orders them."""

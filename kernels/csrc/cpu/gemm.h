@@ -17,6 +17,7 @@
 #pragma once
 
 #include "epilogue.h"
+#include "fetch.h"
 #include "formats.h"
 
 namespace quire {
@@ -36,14 +37,18 @@ inline void prefetch_span(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(from) + i);
 }
 
-// Weights to fetch during one pass over a panel: `bytes` for each kPanel of k.
+// What to fetch during one pass over a panel: for each kPanel of k, `bytes` of weights and `lines` of
+// what comes after the matmul.
 struct Ahead {
   const char* from;
   int64_t bytes;
+  Fetch& later;
+  int64_t lines;
 
   void step() {
     prefetch_span(from, bytes);
     from += bytes;
+    fetch_lines(later, lines);
   }
 };
 
@@ -51,14 +56,15 @@ struct Ahead {
 // the next panel between them, in even parts: all of it in the first would leave the multipliers
 // idle, and then the memory.
 template <class Format>
-Ahead ahead_of(const typename Format::Weight* panel, int64_t k, int64_t pass, int64_t passes) {
+Ahead ahead_of(const typename Format::Weight* panel, int64_t k, int64_t pass, int64_t passes,
+               Fetch& later) {
   constexpr int64_t kStep = kPanel * kPanel * sizeof(typename Format::Weight);
   const auto* from = reinterpret_cast<const char*>(panel);
-  if (passes == 1) return {from + kPrefetchBytes, kStep};
+  if (passes == 1) return {from + kPrefetchBytes, kStep, later, 0};
   const int64_t size = panel_elements<Format>(k) * sizeof(typename Format::Weight);
   const int64_t share = round_up(ceil_div(kStep, passes), 64);
   const int64_t done = pass * share * ceil_div(k, kPanel);
-  return {from + size + done, done < size ? share : 0};
+  return {from + size + done, done < size ? share : 0, later, kMostLines};
 }
 
 // acc[row][half] += in[row][0..k) * panel, for ROWS rows. Inlined, or the sums would live in memory:
@@ -127,9 +133,9 @@ int64_t gemm_items(const LinearArgs& args, int64_t rows) {
   return num_panels(args) * ceil_div(rows, row_block<Format>(args));
 }
 
-// Rows [begin, end) of one panel.
+// Rows [begin, end) of one panel, and some of what `later` holds.
 template <class Format, class Finish>
-void gemm_panel(const LinearArgs& args, int64_t begin, int64_t end, int64_t panel,
+void gemm_panel(const LinearArgs& args, int64_t begin, int64_t end, int64_t panel, Fetch& later,
                 const Finish& finish) {
   const auto* weights = static_cast<const typename Format::Weight*>(args.weights);
   const auto* own = weights + panel * panel_elements<Format>(args.k);
@@ -139,17 +145,17 @@ void gemm_panel(const LinearArgs& args, int64_t begin, int64_t end, int64_t pane
     const int64_t first = rows * pass / passes;
     const int64_t count = rows * (pass + 1) / passes - first;
     panel_rows<Format, kGemmRows>(args, begin + first, count, panel,
-                                  ahead_of<Format>(own, args.k, pass, passes), finish);
+                                  ahead_of<Format>(own, args.k, pass, passes, later), finish);
   }
 }
 
 template <class Format, class Finish>
-void gemm(const LinearArgs& args, int64_t rows, Range items, const Finish& finish) {
+void gemm(const LinearArgs& args, int64_t rows, Range items, Fetch& later, const Finish& finish) {
   const int64_t panels = num_panels(args);
   const int64_t block = row_block<Format>(args);
   for (int64_t item = items.begin; item < items.end; ++item) {
     const int64_t begin = item / panels * block;
-    gemm_panel<Format>(args, begin, std::min(begin + block, rows), item % panels, finish);
+    gemm_panel<Format>(args, begin, std::min(begin + block, rows), item % panels, later, finish);
   }
 }
 
@@ -170,23 +176,24 @@ int64_t best_gemm_items(const LinearArgs& args, int64_t rows) {
 }
 
 template <class Format, class Finish>
-void best_gemm(const LinearArgs& args, int64_t rows, Range items, const Finish& finish) {
-  gemm<Format>(args, rows, items, finish);
+void best_gemm(const LinearArgs& args, int64_t rows, Range items, Fetch& later,
+               const Finish& finish) {
+  gemm<Format>(args, rows, items, later, finish);
 }
 #endif
 
 template <class Format>
-void linear(const LinearArgs& args, int64_t rows, Range items) {
+void linear(const LinearArgs& args, int64_t rows, Range items, Fetch& later) {
   using Activation = typename Format::Activation;
   switch (args.epilogue) {
     case Epilogue::kStore:
-      return best_gemm<Format>(args, rows, items, StoreRows<Activation>{args});
+      return best_gemm<Format>(args, rows, items, later, StoreRows<Activation>{args});
     case Epilogue::kStoreFloat:
-      return best_gemm<Format>(args, rows, items, StoreRows<float>{args});
+      return best_gemm<Format>(args, rows, items, later, StoreRows<float>{args});
     case Epilogue::kAddFloat:
-      return best_gemm<Format>(args, rows, items, AddRows{args});
+      return best_gemm<Format>(args, rows, items, later, AddRows{args});
     case Epilogue::kSiluMul:
-      return best_gemm<Format>(args, rows, items, SiluMul<Activation>{args});
+      return best_gemm<Format>(args, rows, items, later, SiluMul<Activation>{args});
   }
 }
 

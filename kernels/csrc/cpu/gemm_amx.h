@@ -171,8 +171,9 @@ int64_t best_gemm_items(const LinearArgs& args, int64_t rows) {
 }
 
 template <class Format, class Finish>
-void best_gemm(const LinearArgs& args, int64_t rows, Range items, const Finish& finish) {
-  if constexpr (Format::kPairs) {
+void best_gemm(const LinearArgs& args, int64_t rows, Range items, Fetch& later,
+               const Finish& finish) {
+  if constexpr (Format::kPairs) {  // too fast to leave memory idle: nothing of `later`
     configure_gemm_tiles();
     const int64_t panels = num_panels(args);
     const int64_t block = tile_row_block(args);
@@ -183,7 +184,7 @@ void best_gemm(const LinearArgs& args, int64_t rows, Range items, const Finish& 
     }
     pending.drain();
   } else {
-    gemm<Format>(args, rows, items, finish);
+    gemm<Format>(args, rows, items, later, finish);
   }
 }
 

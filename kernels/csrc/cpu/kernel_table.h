@@ -21,13 +21,13 @@ void in_format(const Step& step, int64_t begin, int64_t end, F&& f) {
   with_format(step.dtype, [&](auto format) { f(format, Range{begin, end}); });
 }
 
-void run_embed(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+void run_embed(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace&) {
   in_format(step, begin, end, [&](auto format, Range rows) {
     embed<decltype(format)>(op.embed, step, rows);
   });
 }
 
-void run_rms_norm(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+void run_rms_norm(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace&) {
   in_format(step, begin, end, [&](auto format, Range rows) {
     rms_norm<decltype(format)>(op.rms_norm, rows);
   });
@@ -41,15 +41,15 @@ int64_t linear_items(const Op& op, const Step& step) {
   return items;
 }
 
-void run_linear(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+void run_linear(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace& space) {
   in_format(step, begin, end, [&](auto format, Range items) {
-    linear<decltype(format)>(op.linear, step.rows(op.domain), items);
+    linear<decltype(format)>(op.linear, step.rows(op.domain), items, space.fetch);
   });
 }
 
 int64_t rope_and_cache_items(const Op& op, const Step& step) { return rope_items(op.rope, step); }
 
-void run_rope_and_cache(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+void run_rope_and_cache(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace&) {
   in_format(step, begin, end, [&](auto format, Range items) {
     rope_and_cache<decltype(format)>(op.rope, step, items);
   });
@@ -59,31 +59,31 @@ int64_t attention_op_items(const Op& op, const Step& step) {
   return attention_items(op.attention, step);
 }
 
-void run_attention(const Op& op, const Step& step, int64_t begin, int64_t end, char* scratch) {
+void run_attention(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace& space) {
   in_format(step, begin, end, [&](auto format, Range items) {
-    attention<decltype(format)>(op.attention, step, items, scratch);
+    attention<decltype(format)>(op.attention, step, items, space.scratch);
   });
 }
 
-void run_take_rows(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+void run_take_rows(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace&) {
   take_rows(op.take_rows, step, {begin, end});
 }
 
-void run_sum_parts(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+void run_sum_parts(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace&) {
   sum_parts(op.parts, step.rows(op.domain), {begin, end});
 }
 
-void run_join_columns(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+void run_join_columns(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace&) {
   join_columns(op.parts, step.rows(op.domain), {begin, end});
 }
 
-void run_fixed_point(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+void run_fixed_point(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace&) {
   in_format(step, begin, end, [&](auto format, Range rows) {
     fixed_point<decltype(format)>(op.fixed_point, rows);
   });
 }
 
-void run_norm_fixed_point(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+void run_norm_fixed_point(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace&) {
   in_format(step, begin, end, [&](auto format, Range rows) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       rms_norm<decltype(format)>(op.norm_fixed_point.norm, {row, row + 1});
@@ -94,7 +94,7 @@ void run_norm_fixed_point(const Op& op, const Step& step, int64_t begin, int64_t
 
 int64_t quantized_items(const Op& op, const Step&) { return num_panels(op.quantized.linear); }
 
-void run_quantized_linear(const Op& op, const Step& step, int64_t begin, int64_t end, char*) {
+void run_quantized_linear(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace&) {
   in_format(step, begin, end, [&](auto format, Range panels) {
     using Activation = typename decltype(format)::Activation;
     quantized_linear<Activation>(op.quantized, step.rows(op.domain), panels);

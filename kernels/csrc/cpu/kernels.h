@@ -248,11 +248,27 @@ inline int64_t tokens_per_group(const HeadShape& shape) {
   return heads >= kAttentionRows ? 1 : kAttentionRows / heads;
 }
 
+// Memory that a later op reads: lines of 64 bytes, in spans of one size. See fetch.h.
+struct Fetch {
+  const char* const* spans = nullptr;  // addresses less `offset`; the next one to start
+  int64_t offset = 0;
+  int64_t span_lines = 0;
+  const char* at = nullptr;  // in the span that was started
+  int64_t span_left = 0;     // lines
+  int64_t left = 0;          // lines in all
+};
+
+// What a call of a kernel has to itself.
+struct Workspace {
+  char* scratch;  // the calling thread's, aligned to 64 bytes
+  Fetch fetch;    // what to bring into the caches meanwhile, where the op leaves memory idle
+};
+
 struct Kernel {
   // Items of work that the op is in this step.
   int64_t (*items)(const Op& op, const Step& step);
-  // Computes items [begin, end). `scratch` belongs to the calling thread, aligned to 64 bytes.
-  void (*run)(const Op& op, const Step& step, int64_t begin, int64_t end, char* scratch);
+  // Computes items [begin, end).
+  void (*run)(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace& space);
 };
 
 struct Kernels {

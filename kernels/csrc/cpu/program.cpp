@@ -9,6 +9,10 @@ namespace quire {
 namespace {
 
 constexpr int64_t kAlignment = 64;
+// Rows from which a matmul computes longer than it reads.
+constexpr int64_t kFetchRows = 16;
+// Keys and values that stay in a last-level cache until their attention, beside the weights.
+constexpr int64_t kFetchBytes = 8 << 20;
 
 class BadStep : public std::runtime_error {
  public:
@@ -54,7 +58,48 @@ void Program::add(const Op& op) {
     largest_window_ = unlimited ? 0 : std::max(largest_window_, window);
     tokens_per_group_ = tokens;
   }
+  if (op.code == OpCode::kAttention) share_fetching(op.attention.shape.layer);
   ops_.push_back(op);
+  shares_.push_back({});
+}
+
+// Divides what the attention of `layer`, about to be added, reads among the matmuls since the one
+// before it.
+void Program::share_fetching(int64_t layer) {
+  int64_t products = 0;
+  auto op = static_cast<int64_t>(ops_.size()) - 1;
+  for (; op >= 0 && ops_[op].code != OpCode::kAttention; --op) {
+    if (ops_[op].code != OpCode::kLinear) continue;
+    const int64_t begin = products;
+    products += ops_[op].linear.n * ops_[op].linear.k;
+    shares_[op] = {layer, begin, products, 0};
+  }
+  while (++op < static_cast<int64_t>(ops_.size())) {
+    if (ops_[op].code == OpCode::kLinear) shares_[op].whole = products;
+  }
+}
+
+// What to fetch beside items [begin, end) of an op's `items`.
+Fetch Program::fetch_of(int64_t op, int64_t begin, int64_t end, int64_t items) const {
+  const Share& share = shares_[op];
+  if (share.whole == 0 || step_.args.num_tokens < kFetchRows) return {};
+  const int64_t span_bytes = 2 * step_.cache.tile_bytes(step_.dtype);
+  const int64_t lines = span_bytes / 64;
+  const int64_t all = lines * static_cast<int64_t>(spans_.size());
+  const int64_t from = all * share.begin / share.whole;
+  const int64_t count = all * share.end / share.whole - from;
+  const int64_t first = from + count * begin / items;
+  const int64_t left = from + count * end / items - first;
+  if (left == 0) return {};
+  Fetch fetch;
+  fetch.offset = share.layer * span_bytes;
+  fetch.span_lines = lines;
+  fetch.span_left = lines - first % lines;
+  fetch.left = left;
+  const char* const* span = spans_.data() + first / lines;
+  fetch.at = *span + fetch.offset + first % lines * 64;
+  fetch.spans = span + 1;
+  return fetch;
 }
 
 void Program::check(const StepArgs& args) {
@@ -96,20 +141,26 @@ void Program::check_sequence(const StepArgs& args, int64_t s) {
     require(args.positions[row] == first + row - begin,
             "positions must ascend to the end of the context", row, args.positions[row]);
   }
-  // Blocks that have left every layer's window may have been given to others: not read, not checked.
-  const bool limited = largest_window_ > 0;
-  const int64_t seen = limited ? std::max<int64_t>(0, first + 1 - largest_window_) : 0;
   const int32_t* table = args.block_tables + s * args.block_table_stride;
-  for (int64_t i = seen / kBlockTokens; i < blocks; ++i) {
+  for (int64_t i = first_block(args, s); i < blocks; ++i) {
     require(table[i] >= 0 && table[i] < step_.cache.num_blocks, "block outside the pool", i,
             table[i]);
   }
+}
+
+// The first block that some layer reads. Blocks that have left every layer's window may have been
+// given to others: not read, not checked.
+int64_t Program::first_block(const StepArgs& args, int64_t s) const {
+  if (largest_window_ == 0) return 0;
+  const int64_t first = args.context_lens[s] - (args.query_start[s + 1] - args.query_start[s]);
+  return std::max<int64_t>(0, first + 1 - largest_window_) / kBlockTokens;
 }
 
 void Program::plan(const StepArgs& args) {
   step_.args = args;
   step_.runs.clear();
   step_.groups.clear();
+  spans_.clear();
   for (int64_t s = 0; s < args.num_seqs; ++s) {
     const int32_t end = args.query_start[s + 1];
     for (int32_t row = args.query_start[s]; row < end;) {
@@ -120,9 +171,21 @@ void Program::plan(const StepArgs& args) {
       row += count;
     }
     if (tokens_per_group_ == 0) continue;
+    list_spans(s);
     const auto tokens = static_cast<int32_t>(tokens_per_group_);
     for (int32_t row = args.query_start[s]; row < end; row += tokens) {
       step_.groups.push_back({static_cast<int32_t>(s), row, std::min(tokens, end - row)});
+    }
+  }
+}
+
+// In the order of attention's items.
+void Program::list_spans(int64_t s) {
+  const auto most = static_cast<size_t>(kFetchBytes / (2 * step_.cache.tile_bytes(step_.dtype)));
+  const int64_t end = ceil_div(step_.args.context_lens[s], kBlockTokens);
+  for (int64_t head = 0; head < step_.cache.num_kv_heads; ++head) {
+    for (int64_t i = first_block(step_.args, s); i < end && spans_.size() < most; ++i) {
+      spans_.push_back(step_.k_tile(step_.block_table(s)[i], head, 0));
     }
   }
 }
@@ -132,7 +195,8 @@ void Program::run(int64_t phase, int64_t begin, int64_t end, int thread) {
   const auto base = reinterpret_cast<uintptr_t>(scratch_.data());
   char* aligned = scratch_.data() + (round_up(base, kAlignment) - base);
   char* scratch = aligned + thread * scratch_stride_;
-  kernels_.of[static_cast<int>(op.code)].run(op, step_, begin, end, scratch);
+  Workspace space{scratch, fetch_of(first_op_ + phase, begin, end, phases_[phase].items)};
+  kernels_.of[static_cast<int>(op.code)].run(op, step_, begin, end, space);
 }
 
 void Program::phase_done(int64_t phase) {

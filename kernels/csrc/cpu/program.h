@@ -39,8 +39,21 @@ class Program final : private Job {
   void set_profile(double* seconds) { profile_ = seconds; }
 
  private:
+  // The part of the next attention's keys and values that a matmul fetches, which is that of its
+  // products in those of all matmuls before that attention.
+  struct Share {
+    int64_t layer = 0;
+    int64_t begin = 0;
+    int64_t end = 0;
+    int64_t whole = 0;  // 0: nothing
+  };
+
+  void share_fetching(int64_t layer);
+  Fetch fetch_of(int64_t op, int64_t begin, int64_t end, int64_t items) const;
   void check(const StepArgs& args);
   void check_sequence(const StepArgs& args, int64_t sequence);
+  int64_t first_block(const StepArgs& args, int64_t sequence) const;
+  void list_spans(int64_t sequence);
   void plan(const StepArgs& args);
 
   void run(int64_t phase, int64_t begin, int64_t end, int thread) override;
@@ -52,6 +65,8 @@ class Program final : private Job {
   Limits limits_;
   Step step_;
   std::vector<Op> ops_;
+  std::vector<Share> shares_;       // one per op
+  std::vector<const char*> spans_;  // of the step: layer 0, a KV head and block each
   std::unique_ptr<Phase[]> phases_;  // one per op from first_op_ on
   int64_t first_op_ = 0;
   int64_t vocabulary_ = 0;         // 0: no embedding

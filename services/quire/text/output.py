@@ -8,7 +8,7 @@ text, the same logprob offsets and the same end.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from quire.api.tokens import TokenText, TopToken
 from quire.text.stop import StopMatch, StopMatcher
@@ -42,8 +42,7 @@ class End:
     stop_token_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(NamedTuple):  # made per token: a third of a frozen dataclass's cost
     """What a push added to a choice."""
 
     text: str = ""
