@@ -41,7 +41,8 @@ class Group(Protocol):
         """The same, needed on rank 0 alone; elsewhere `parts` means nothing afterwards."""
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' tensors, in float32, on their device."""
+        """The sum of all ranks' tensors, in float32, on their device. Waits for every rank even
+        where there is nothing to add: each has then done what comes before."""
 
     def join(self, part: torch.Tensor) -> torch.Tensor:
         """The columns of all ranks' [rows, n] side by side, on rank 0; elsewhere `part` itself."""

@@ -27,9 +27,11 @@ class Exchange:
     """Every rank reads what was exchanged; otherwise rank 0 alone."""
 
     def run(self, num_rows: int) -> None:
-        """Exchange the first `num_rows` rows; nothing when there are none."""
-        if not num_rows:
+        """Exchange the first `num_rows` rows. Of what is for all, one row at least: whoever has it
+        knows that every rank has done what comes before it, such as writing its KV blocks."""
+        if not num_rows and not self.is_for_all:
             return
+        num_rows = max(num_rows, 1)
         part, parts = (array[:num_rows].reshape(-1) for array in (self.part, self.parts))
         if self.is_for_all:
             self.group.all_gather(parts, part)

@@ -13,6 +13,7 @@ from quire.engine.parallel.runner import ParallelRunner
 from quire.engine.parallel.watch import RankFailed
 from quire.engine.runner import load
 from quire.engine.runner.runner import ModelRunner
+from quire.kernels.cpu.exchange import Exchange
 
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip")
@@ -53,3 +54,29 @@ def test_what_a_broken_off_exchange_gave_is_no_result(monkeypatch) -> None:
     runner._followers = Lost()
     with pytest.raises(RankFailed, match="was killed"):
         runner.launch(None)
+
+
+class Counted:
+    """A group that counts what it was asked to exchange."""
+
+    rank, size = 0, 2
+
+    def __init__(self) -> None:
+        self.gathered: list[int] = []
+
+    def all_gather(self, parts, part) -> None:
+        self.gathered.append(len(part))
+        parts[:] = np.tile(part, self.size)
+
+    def gather(self, parts, part) -> None:
+        self.all_gather(parts, part)
+
+
+@pytest.mark.parametrize(("num_rows", "for_all", "exchanged"), [(0, True, 1), (0, False, 0)])
+def test_a_step_that_draws_nothing_waits_for_every_rank_behind_its_last_attention(
+    num_rows, for_all, exchanged
+) -> None:
+    group = Counted()
+    part, parts = np.zeros((4, 8), np.float32), np.zeros((4, 16), np.float32)
+    Exchange(0, group, 0, part, parts, is_for_all=for_all).run(num_rows)
+    assert len(group.gathered) == exchanged

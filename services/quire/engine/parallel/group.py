@@ -86,7 +86,10 @@ class TorchGroup:
         self._host.gather(into, [torch.from_numpy(part)], root).wait()
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' tensors, float32."""
+        """The sum of all ranks' tensors, float32. Waits for every rank, also with no rows."""
+        if not part.numel():
+            self.sum(part.new_zeros(1))
+            return part.float()
         if part.is_cuda:
             # in the model's dtype: half the bytes, and what every GPU engine does
             total = part.contiguous()

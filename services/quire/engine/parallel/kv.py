@@ -5,7 +5,8 @@
 
 `start` and `fence` are answered; see `calls`. Verbs are carried out while a step runs: a step that
 rank 0 has finished (`ModelRunner.launch`) has written and read its last block on every rank,
-because its last exchange comes after the last attention.
+because its last exchange comes after the last attention and waits for all of them, in a step that
+draws nothing too.
 """
 
 from __future__ import annotations
