@@ -85,8 +85,8 @@ class BlockPool:
         self._parent: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         self._hash_xor = 0
-        # Last given back, first taken: its memory is the likeliest to be in a cache, and to be there
-        # at all, as the system makes pages when they are first written.
+        # Last given back, first taken: its memory is the likeliest to be in a cache, and to be
+        # there at all, as the system makes pages when they are first written.
         self._free = list(range(num_blocks - 1, -1, -1))
         # Unreferenced cached blocks, least recently used first.
         self._lru: OrderedDict[int, None] = OrderedDict()
