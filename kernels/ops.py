@@ -154,8 +154,7 @@ class Ops(Protocol):
         """Causal paged attention of the step's rows over their sequences' cache: [T, nh * hd]."""
 
     def take_logit_rows(self, x: Value) -> Value:
-        """The rows of x [T, columns] whose logits are wanted: [R, columns]. A residual stream and
-        what is to be added to it are taken from together."""
+        """The rows of x [T, columns] whose logits are wanted: [R, columns]."""
 
     def logits(self, x: Value, w: Linear) -> Value:
         """x @ w.T in float32: [R, V]; on ranks beyond the first, something to be ignored."""

@@ -25,6 +25,7 @@ from quire.engine.runner.load import find_model, loaded_model
 
 if TYPE_CHECKING:
     from pathlib import Path
+from types import SimpleNamespace
 
 WIDE = Tiny("wide", "Llama", {
     "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4,
@@ -144,7 +145,8 @@ def test_the_fingerprint_tells_quantizations_apart(source) -> None:
 
 
 class _NoRank:
-    runner = device = None
+    device = numerics = None
+    runner = SimpleNamespace(backend=SimpleNamespace(returns_early=False))
 
 
 def test_a_format_that_the_checkpoint_has_not_is_refused(source) -> None:

@@ -175,6 +175,7 @@ def test_ranks_of_another_host_take_kv_blocks_under_the_name_that_it_advertises(
         layout = BlockLayout.of(
             model.runner.backend.layout,
             model=model.fingerprint.hex(),
+            numerics=model.numerics,
             num_kv_heads=model.config.num_kv_heads,
         )
         identity = Identity(layout, Shard(0, 2), "decode-0", 1, 1.0, TOKEN)

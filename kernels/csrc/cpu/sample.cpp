@@ -358,6 +358,10 @@ void logprobs_of(const LogprobArgs& args, int64_t draw, Team* team) {
   }
 }
 
+bool in_range(const int32_t* indices, int64_t count, int64_t end) {
+  return std::all_of(indices, indices + count, [&](int32_t i) { return i >= 0 && i < end; });
+}
+
 // body(draw, team): draws side by side on one thread each, or one after the other on all.
 template <class F>
 void each_draw(Team& team, int64_t num_draws, int64_t vocabulary, F&& body) {
@@ -375,18 +379,24 @@ void each_draw(Team& team, int64_t num_draws, int64_t vocabulary, F&& body) {
 
 extern "C" {
 
-void quire_sample(quire::Team* team, const quire::SampleArgs* args) {
+int32_t quire_sample(quire::Team* team, const quire::SampleArgs* args) {
+  if (!quire::in_range(args->rows, args->num_draws, args->num_rows)) return 1;
   quire::each_draw(*team, args->num_draws, args->vocabulary, [&](int64_t draw, quire::Team* parts) {
     const int32_t token = quire::draw_token(*args, draw, parts);
     args->tokens[draw] = token < 0 ? 0 : token;
     args->invalid[draw] = token < 0;
   });
+  return 0;
 }
 
-void quire_logprobs(quire::Team* team, const quire::LogprobArgs* args) {
+int32_t quire_logprobs(quire::Team* team, const quire::LogprobArgs* args) {
+  const bool fits = quire::in_range(args->rows, args->num_draws, args->num_rows) &&
+                    quire::in_range(args->token_ids, args->num_draws, args->vocabulary);
+  if (!fits) return 1;
   quire::each_draw(*team, args->num_draws, args->vocabulary, [&](int64_t draw, quire::Team* parts) {
     quire::logprobs_of(*args, draw, parts);
   });
+  return 0;
 }
 
 }  // extern "C"

@@ -27,6 +27,7 @@ struct EditArgs {
 
 struct SampleArgs {
   const float* logits;
+  int64_t num_rows;
   int64_t row_stride;  // elements between rows of logits
   int64_t vocabulary;
   int64_t num_draws;
@@ -45,6 +46,7 @@ struct SampleArgs {
 
 struct LogprobArgs {
   const float* logits;
+  int64_t num_rows;
   int64_t row_stride;
   int64_t vocabulary;
   int64_t num_draws;
@@ -60,6 +62,7 @@ struct LogprobArgs {
 }  // namespace quire
 
 extern "C" {
-void quire_sample(quire::Team* team, const quire::SampleArgs* args);
-void quire_logprobs(quire::Team* team, const quire::LogprobArgs* args);
+// Nonzero, and nothing was done, when a row or a token id is out of range.
+int32_t quire_sample(quire::Team* team, const quire::SampleArgs* args);
+int32_t quire_logprobs(quire::Team* team, const quire::LogprobArgs* args);
 }
