@@ -21,6 +21,7 @@ def server():
     flags += ("--routing-policy", "least_load")
     patient = ("--kv-heartbeat-s", "5", "--kv-lease-s", "60", "--kv-cache-memory-bytes", "32M")
     with running_server(*flags, *patient) as server:
+        wait_for_roles(server)
         yield server
 
 
@@ -50,7 +51,7 @@ def test_prompts_are_computed_by_the_prefill_worker_and_answers_are_the_same(ser
     [want] = LLM("demo", max_model_len=512).generate(PROMPT, params, use_tqdm=False)
     body = {"model": "demo", "prompt": PROMPT, "seed": 6, "max_tokens": 30, "n": 2}
     body |= {"temperature": 0.9, "top_p": 1}
-    wait_for_roles(server)  # also after the engine above has had the machine to itself
+    wait_for_roles(server)  # anew, after the engine above has had the machine to itself
     before = computed(server, 1) + computed(server, 2)
     got = server.post("/v1/completions", body)
     assert [c["text"] for c in got["choices"]] == [c.text for c in want.outputs]
