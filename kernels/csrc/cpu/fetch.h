@@ -14,7 +14,7 @@ namespace quire {
 namespace {
 
 // Lines that a product of 8 rows, 32 columns and 32 k hides, beside the weights' own.
-constexpr int64_t kMostLines = 8;
+constexpr int64_t kMostLines = 16;
 
 inline void fetch_lines(Fetch& fetch, int64_t count) {
   for (count = std::min(count, fetch.left); count > 0; --count, --fetch.left, --fetch.span_left) {
