@@ -22,6 +22,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from loadtest.compare.rounds import alternate
+from loadtest.kept import keep, settings_of
 from loadtest.servers import QuireServer
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     flags = ["--prefill", "1", "--decode", "1", "--max-model-len", str(options.max_model_len)]
     flags += ["--routing-policy", "least_load"]  # cost lets an idle decode worker prefill
-    servers, lines, rows = [], [f"$ python -m loadtest.exposed_transfer {' '.join(argv)}"], []
+    servers: list[QuireServer] = []
+    lines: list[str] = []
+    rows = []
     try:
         for transport in options.transports:
             server = QuireServer(transport, options.model, [*flags, "--kv-transports", transport])
@@ -136,12 +139,7 @@ def main(argv: Sequence[str]) -> int:
     finally:
         for server in servers:
             server.close()
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in vars(options).items() if k != "out"}
-        data = {"settings": settings, "rows": rows}
-        options.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-        options.out.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    keep(options.out, {"settings": settings_of(options), "rows": rows}, "\n".join(lines))
     return 0
 
 

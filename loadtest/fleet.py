@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadtest.kept import keep
 from quire.config.router import RouterConfig
 from quire.router.simulation.fit import fit_engine
 from quire.router.simulation.pod import EngineModel
@@ -141,10 +142,7 @@ def _write(needs: Sequence[Need], options: argparse.Namespace) -> None:
         k: v for k, v in vars(options).items() if k not in ("trace", "steps", "out")
     }
     settings |= {"trace": options.trace.name, "engine": asdict(engine_model(options))}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    data = {"settings": settings, "needs": [asdict(n) for n in needs]}
-    options.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    options.out.with_suffix(".txt").write_text(table(needs) + "\n")
+    keep(options.out, {"settings": settings, "needs": [asdict(n) for n in needs]}, table(needs))
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for n in needs:
         counts = {

@@ -10,7 +10,6 @@ core, medians; for the engine's own phases see `quire bench step`.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from loadtest.kept import keep
 from quire.api import block_hash
 from quire.api.openai import ChunkTemplate, Head
 from quire.api.sampling import SamplingParams
@@ -129,10 +129,7 @@ def main(argv: Sequence[str]) -> int:
     tokens, prompts = output_side(folder, options.batch), input_side(folder, options.prompt_len)
     print(table(f"per token, {options.batch} streams", tokens))
     print(table("per 1,000 prompt tokens", prompts))
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        data = {"per_token_us": tokens, "per_1000_prompt_tokens_us": prompts}
-        options.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    keep(options.out, {"per_token_us": tokens, "per_1000_prompt_tokens_us": prompts})
     return 0
 
 

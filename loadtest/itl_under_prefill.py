@@ -20,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadtest.kept import keep, settings_of
 from loadtest.servers import QuireServer
 from quire.cli.bench.client import Client, Endpoint
 from quire.cli.bench.load import LoadRun
@@ -157,12 +158,8 @@ def main(argv: Sequence[str]) -> int:
     """Measure, print, write."""
     options = parse(argv)
     rows = asyncio.run(rounds(options))
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in vars(options).items() if k != "out"}
-        data = {"settings": settings, "rows": rows}
-        options.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-        options.out.with_suffix(".txt").write_text("\n".join(map(table, rows)) + "\n")
+    data = {"settings": settings_of(options), "rows": rows}
+    keep(options.out, data, "\n".join(map(table, rows)))
     return 0
 
 

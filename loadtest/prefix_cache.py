@@ -11,13 +11,14 @@ measured in the same run and the bound printed beside the ratio.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from loadtest.kept import keep, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,11 +124,8 @@ def main(argv: Sequence[str]) -> int:
     if options.out is not None:
         from loadtest.plots import plot_ratios
 
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in vars(options).items() if k != "out"}
-        data = {"settings": settings, "rows": rows}
-        options.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-        options.out.with_suffix(".txt").write_text("\n".join(map(line, rows)) + "\n")
+        data = {"settings": settings_of(options), "rows": rows}
+        keep(options.out, data, "\n".join(map(line, rows)))
         bars = [{"label": f"{row['shared']:.0%} shared", **row} for row in rows]
         title = "Throughput with prefix caching over without"
         plot_ratios(bars, options.out.with_suffix(".png"), title=title)

@@ -10,13 +10,14 @@ of the same round, in turn; printed are the median and the least and greatest.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from loadtest.kept import keep, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,13 +133,8 @@ def main(argv: Sequence[str]) -> int:
         for method in METHODS
     }
     rows = measure(engines, options)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in vars(options).items() if k not in ("out", "model")}
-        settings["model"] = Path(options.model).name
-        data = {"settings": settings, "rows": rows}
-        options.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-        options.out.with_suffix(".txt").write_text("\n".join(map(line, rows)) + "\n")
+    data = {"settings": settings_of(options), "rows": rows}
+    keep(options.out, data, "\n".join(map(line, rows)))
     return 0
 
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import signal
@@ -23,6 +22,7 @@ from loadtest.compare.http import SERVERS, HttpLoad, Server, http_measure
 from loadtest.compare.process import EngineProcess
 from loadtest.compare.rounds import Series, alternate, ratios
 from loadtest.compare.workloads import SIZES, workloads
+from loadtest.kept import keep
 from loadtest.shapes import build
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ class Results:
 
     def write(self) -> None:
         """OUT.json."""
-        if self.out is not None:
-            data = {"settings": self.settings, "rows": self.rows}
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+        keep(self.out, {"settings": self.settings, "rows": self.rows})
 
 
 def line(row: dict[str, Any]) -> str:

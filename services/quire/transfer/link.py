@@ -196,6 +196,8 @@ class Link:
     def on_frame(self, header: Header, body: bytes) -> None:
         """A frame other than DATA."""
         if self.state is LinkState.GREETING:
+            if header.kind == Kind.PING:
+                return  # right behind the welcome, which the task that greets has yet to see
             if header.kind not in _GREETINGS:
                 raise FrameError("frames before the greeting")
             self._greetings.put_nowait((header, body))

@@ -179,6 +179,9 @@ class Receiver:
         if incoming is None or not incoming.machine.is_live:
             self._on_unknown(link, header)
             return
+        if (early := self._early.pop((link, header.ref), None)) is not None:
+            # `promise` has been called, on another thread, and `admit_early` is yet to run here
+            self.on_frame(link, early, b"")
         machine, rank = incoming.machine, link.peer_shard.rank
         if header.kind == Kind.OPEN:
             if incoming.is_learning:

@@ -164,8 +164,8 @@ def transfer(p: Worker, d: Worker, blocks: int):
 def test_every_rank_gets_its_heads_of_every_block(sending, receiving, slow_s, places):
     network, whole = LocalNetwork(), random_pool(1)
     with (
-        Worker(network, sending, whole, places=places) as p,
-        Worker(network, receiving, random_pool(2), slow_s, places=places) as d,
+        Worker(network, sending, whole, places=places, kv_lease_s=10) as p,
+        Worker(network, receiving, random_pool(2), slow_s, places=places, kv_lease_s=10) as d,
     ):
         ref = transfer(p, d, 8)
         there, here = d.ended(ref), p.ended(ref)

@@ -138,3 +138,32 @@ def test_a_frame_that_the_end_of_its_transfer_cut_short_is_fenced(side):
     intake.feed(frame[-(SIZE + 10) :])
     assert not side.pool.any() and not side.delivered()
     assert answers(link)[-1] == Kind.FENCED
+
+
+def test_a_sender_that_was_early_may_speak_before_it_is_admitted():
+    async def run():
+        pool = np.zeros((8, SIZE), np.uint8)
+        identity = Identity(LAYOUT, Shard(1, 2), "d", 5, 1.0)
+        node = Node(identity, config(), HostMemory(pool, SIZE), lambda: 0.0)
+        receiver = Receiver(node, [].append)
+        link = ReceivingLink(Quiet(), "tcp", node, receiver)
+        link.state = LinkState.READY
+        receiver.on_frame(link, header_of(Kind.OPEN, REF, num=2), b"")
+        receiver.promise(REF, 2, 1, 5.0)  # as from another thread: `admit_early` is on its way
+        receiver.on_frame(link, header_of(Kind.KEEP, REF, num=2), b"")
+        receiver.admit_early(REF)
+        assert node.counters.fenced_frames == 0
+        assert receiver.find(header_of(Kind.KEEP, REF)).links == {0: link}
+
+    asyncio.run(run())
+
+
+def test_a_sign_of_life_right_behind_the_welcome_is_no_error():
+    async def run():
+        link, _ = Side().link()
+        link.state = LinkState.GREETING
+        link.on_frame(Header(Kind.PING), b"")
+        with pytest.raises(FrameError, match="before the greeting"):
+            link.on_frame(header_of(Kind.KEEP, REF), b"")
+
+    asyncio.run(run())
