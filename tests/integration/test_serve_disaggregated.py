@@ -26,20 +26,22 @@ def server():
 
 
 def wait_for_roles(server) -> None:
-    """Until prompts go to the prefill worker, from either decode worker: what is for what comes
-    with the first load reports."""
+    """Until all workers are there, and the router sends prompts to the prefill worker: what is for
+    what comes with the first load reports."""
     deadline, in_a_row = time.monotonic() + 60, 0
     while in_a_row < 8:
         assert time.monotonic() < deadline, "prompts do not go to the prefill worker"
-        body = {"model": "demo", "prompt": f"{time.monotonic()} {PROMPT}", "max_tokens": 1}
-        in_a_row = in_a_row + 1 if prefilled_by(server, body) == ["prefill-0"] else 0
+        is_complete = server.metric("quire_gateway_worker_up") == 3
+        in_a_row = in_a_row + 1 if is_complete and goes_to_prefill_worker(server) else 0
 
 
-def prefilled_by(server, body) -> list[str | None]:
-    """Which worker computed the prompt of each attempt; None for the one that answers."""
+def goes_to_prefill_worker(server) -> bool:
+    """Whether a router has a new prompt computed there."""
+    body = {"model": "demo", "prompt": f"{time.monotonic()} {PROMPT}", "max_tokens": 1}
     answer = server.post("/v1/completions", body)
-    trace = json.loads(server.get(f"/v1/requests/{answer['id']}/trace"))
-    return [attempt["prefill_worker"] for attempt in trace["prompts"][0]["attempts"]]
+    [prompt] = json.loads(server.get(f"/v1/requests/{answer['id']}/trace"))["prompts"]
+    [attempt] = prompt["attempts"]
+    return bool(prompt["routing"]) and attempt["prefill_worker"] == "prefill-0"
 
 
 def computed(server, engine: int) -> float:
