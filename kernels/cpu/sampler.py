@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from quire.kernels.cpu.library import load
+from quire.kernels.sampling import DRAW_RULE
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -52,12 +53,7 @@ class _SampleArgs(ctypes.Structure):
         ("vocabulary", ctypes.c_int64),
         ("num_draws", ctypes.c_int64),
         ("rows", ctypes.c_void_p),
-        ("temperature", ctypes.c_void_p),
-        ("top_k", ctypes.c_void_p),
-        ("top_p", ctypes.c_void_p),
-        ("min_p", ctypes.c_void_p),
-        ("seed", ctypes.c_void_p),
-        ("choice", ctypes.c_void_p),
+        ("rules", ctypes.c_void_p),
         ("position", ctypes.c_void_p),
         ("edits", ctypes.POINTER(_EditArgs)),
         ("tokens", ctypes.c_void_p),
@@ -160,7 +156,7 @@ class CpuSampler:
         """
         num_draws = len(batch.rows)
         tokens = np.empty(num_draws, np.int32)
-        flags = np.empty(num_draws, np.uint8)
+        flags = np.empty(num_draws, np.bool_) if invalid is None else invalid
         at = _Pointers()
         args = _SampleArgs(
             logits=_address(logits),
@@ -169,12 +165,7 @@ class CpuSampler:
             vocabulary=logits.shape[1],
             num_draws=num_draws,
             rows=at.to(batch.rows, np.int32),
-            temperature=at.to(batch.temperature, np.float32),
-            top_k=at.to(batch.top_k, np.int32),
-            top_p=at.to(batch.top_p, np.float32),
-            min_p=at.to(batch.min_p, np.float32),
-            seed=at.to(batch.seed, np.uint64),
-            choice=at.to(batch.choice, np.uint32),
+            rules=at.to(batch.rules, DRAW_RULE),
             position=at.to(batch.position, np.uint32),
             edits=None if batch.edits is None else ctypes.pointer(at.edits(batch.edits)),
             tokens=_address(tokens),
@@ -182,8 +173,6 @@ class CpuSampler:
         )
         if self._sample(self._team.handle, ctypes.byref(args)):
             raise IndexError(f"a row is outside of 0 .. {logits.shape[0] - 1}")
-        if invalid is not None:
-            invalid[:] = flags
         return tokens
 
     def logprobs(

@@ -11,7 +11,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from quire.kernels import torch_sampler  # noqa: E402
-from quire.kernels.sampling import SamplingBatch  # noqa: E402
+from quire.kernels.sampling import DRAW_RULE, SamplingBatch  # noqa: E402
 from quire.kernels.triton import sample  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,16 +24,12 @@ def batch(count: int, rows: int, seed: int = 0) -> SamplingBatch:
     """Draws with large seeds and positions, greedy ones among them."""
     rng = np.random.default_rng(seed)
     temperature = rng.choice([0.0, 1e-6, 0.3, 0.7, 1.0, 1.3, 5.0], count)
-    return SamplingBatch(
-        rows=rng.integers(0, rows, count).astype(np.int32),
-        temperature=temperature.astype(np.float32),
-        top_k=np.zeros(count, np.int32),
-        top_p=np.ones(count, np.float32),
-        min_p=np.zeros(count, np.float32),
-        seed=rng.integers(0, 2**64, count, np.uint64),
-        choice=rng.integers(0, 2**32, count, np.uint32),
-        position=rng.integers(0, 2**32, count, np.uint32),
-    )
+    rules = np.zeros(count, DRAW_RULE)
+    at = rng.integers(0, rows, count).astype(np.int32)
+    rules["temperature"], rules["top_p"] = temperature, 1
+    rules["seed"] = rng.integers(0, 2**64, count, np.uint64)
+    rules["choice"] = rng.integers(0, 2**32, count, np.uint32)
+    return SamplingBatch(at, rules, rng.integers(0, 2**32, count, np.uint32))
 
 
 def check(logits: torch.Tensor, draws: SamplingBatch) -> torch.Tensor:
