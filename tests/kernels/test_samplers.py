@@ -142,21 +142,19 @@ def slow_edits(row: np.ndarray, edits: LogitEdits, draw: int) -> np.ndarray:
 
 def slow_kept(row: np.ndarray, batch: SamplingBatch, draw: int) -> list[int]:
     """Tokens that the filters leave, in order."""
-    scores = (row - row.max()) / float(batch.rules["temperature"][draw])
+    rule = batch.rules[draw]
+    scores = (row - row.max()) / float(rule["temperature"])
     order = sorted(range(len(row)), key=lambda t: (-row[t], t))
-    if batch.rules["top_k"][draw] > 0:
-        order = order[: batch.rules["top_k"][draw]]
+    if rule["top_k"] > 0:
+        order = order[: rule["top_k"]]
     weights = [np.exp(scores[t]) for t in order]
     kept, mass = [], 0.0
     for token, weight in zip(order, weights, strict=True):
-        if (
-            mass >= float(batch.rules["top_p"][draw]) * sum(weights)
-            and batch.rules["top_p"][draw] < 1
-        ):
+        if mass >= float(rule["top_p"]) * sum(weights) and rule["top_p"] < 1:
             break
         kept.append(token)
         mass += weight
-    return [t for t in kept if np.exp(scores[t]) >= float(batch.rules["min_p"][draw])]
+    return [t for t in kept if np.exp(scores[t]) >= float(rule["min_p"])]
 
 
 def slow_totals(logits: np.ndarray, batch: SamplingBatch, draw: int) -> dict[int, float]:
@@ -361,7 +359,7 @@ def test_compiled_edits_equal_torchs(cpu_samplers) -> None:
     )
     for temperature in (0, 1):
         batch = replace(random_batch(rng, num_draws, 2), edits=edits)
-        batch = replace(batch, temperature=np.full(num_draws, temperature, np.float32))
+        batch.rules["temperature"] = temperature
         want = torch_sample(logits, batch)
         before = logits.copy()
         for sampler in cpu_samplers:
@@ -489,7 +487,7 @@ def test_logprobs_are_the_log_softmax(vocabulary, logprobs) -> None:
 
 
 def test_logprobs_of_no_top_tokens_have_no_columns(logprobs) -> None:
-    _, ranks, top_ids, top = logprobs(np.zeros((1, 9), np.float32), np.zeros(1, int), [3], 0)
+    _, ranks, top_ids, top = logprobs(np.zeros((1, 9), np.float32), np.zeros(1, int), np.array([3]), 0)
     assert ranks.tolist() == [4]
     assert top_ids.shape == top.shape == (1, 0)
 
