@@ -175,6 +175,11 @@ class Program:
     def __len__(self) -> int:
         return self._num_ops
 
+    @property
+    def result(self) -> np.ndarray:
+        """Where `run` leaves its result: the rows that the largest step has."""
+        return self._result.array
+
     def run(self, inputs: StepInputs) -> np.ndarray:
         """Run the step; the result's rows, a view that the next run overwrites.
 

@@ -17,6 +17,8 @@ from quire.kernels.cpu.pointers import Pointers, address
 from quire.kernels.sampling import DRAW_RULE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quire.kernels.cpu.library import Team
     from quire.kernels.sampling import LogitEdits, SamplingBatch
 
@@ -127,8 +129,8 @@ class CpuSampler:
         self._team = team
         self._sample = library.quire_sample
         self._logprobs = library.quire_logprobs
-        for function in (self._sample, self._logprobs):
-            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        for function, args in ((self._sample, _SampleArgs), (self._logprobs, _LogprobArgs)):
+            function.argtypes = [ctypes.c_void_p, ctypes.POINTER(args)]
             function.restype = ctypes.c_int32
 
     def sample(
@@ -139,13 +141,19 @@ class CpuSampler:
         `invalid` bool [N], when given, is set where a draw had no candidate (its token is 0).
         Raises IndexError for a row out of range, ValueError for logits of another type.
         """
+        return self.prepare(logits, batch, invalid)(len(logits))
+
+    def prepare(
+        self, logits: np.ndarray, batch: SamplingBatch, invalid: np.ndarray | None = None
+    ) -> Callable[[int], np.ndarray]:
+        """Get ready to `sample` from logits that are yet to be computed, while the caches hold what
+        that takes. What is returned does it, given how many of the rows were."""
         num_draws = len(batch.rows)
         tokens = np.empty(num_draws, np.int32)
         flags = np.empty(num_draws, np.bool_) if invalid is None else invalid
         at = Pointers()
         args = _SampleArgs(
             logits=address(logits),
-            num_rows=logits.shape[0],
             row_stride=_row_stride(logits),
             vocabulary=logits.shape[1],
             num_draws=num_draws,
@@ -156,9 +164,14 @@ class CpuSampler:
             tokens=address(tokens),
             invalid=address(flags),
         )
-        if self._sample(self._team.handle, ctypes.byref(args)):
-            raise IndexError(f"a row is outside of 0 .. {logits.shape[0] - 1}")
-        return tokens
+
+        def draw(num_rows: int) -> np.ndarray:
+            args.num_rows = num_rows
+            if self._sample(self._team.handle, args):
+                raise IndexError(f"a row is outside of 0 .. {num_rows - 1}")
+            return tokens
+
+        return draw
 
     def logprobs(
         self, logits: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, num_top: int
@@ -189,6 +202,6 @@ class CpuSampler:
             top_ids=address(out.top_ids),
             top=address(out.top),
         )
-        if self._logprobs(self._team.handle, ctypes.byref(args)):
+        if self._logprobs(self._team.handle, args):
             raise IndexError(f"a row or a token is outside of logits {logits.shape}")
         return out

@@ -1,7 +1,7 @@
 """`quire bench step`: where the time of a step goes, inside the model and around it.
 
     schedule   which tokens, which blocks              execute   the model
-    prepare    the step's arrays                       sample    drawing tokens
+    prepare    the step's arrays and draws             sample    drawing tokens
     update     tokens to sequences, blocks to cache    output    text for the caller
     wait       for the step to be complete             other     the rest of the loop
 
@@ -89,7 +89,7 @@ class StepClock:
         self._wrap(engine.scheduler.running.seats, "build", self._timed("prepare", "schedule"))
         on_device = backend.device_type == "cuda"
         self._wrap(backend, "compute", self._marked if on_device else self._timed("execute"))
-        self._wrap(backend, "sample", self._timed("sample"))
+        self._wrap(backend, "sampler", self._timed_sampler)
         self._wrap(engine.runner, "launch", self._timed_wait)
         self._wrap(engine.scheduler, "update", self._timed_update)
         self._wrap(self.llm, "_take", self._timed("output"))
@@ -127,6 +127,10 @@ class StepClock:
 
     def _timed_wait(self, launch: Method) -> Method:
         return lambda plan: self._timed("wait")(launch(plan))
+
+    def _timed_sampler(self, plain: Method) -> Method:
+        prepare, draw = self._timed("prepare"), self._timed("sample")
+        return lambda batch: draw(prepare(plain)(batch))
 
     def _timed_update(self, plain: Method) -> Method:
         timed = self._timed("update")(plain)
