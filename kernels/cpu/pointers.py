@@ -11,7 +11,7 @@ def address(array: np.ndarray) -> int:
     """What `array.ctypes.data` is, several times faster: without the objects made for that."""
     flags = array.flags
     if flags.c_contiguous and flags.writeable and array.size:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
     if array.dtype.names is not None:
         array = array.view(np.uint8)  # or numpy describes every field of the record
     at: int = array.__array_interface__["data"][0]

@@ -187,6 +187,7 @@ class Program:
         beyond the limits or that contradict one another.
         """
         rows = {TOKENS: len(inputs.token_ids), LOGIT_ROWS: len(inputs.logit_rows)}
+        result = self._result.array[: rows[self._result.domain]]
         args, _flat = _step_args(inputs)
         begin = 0
         for exchange in self._exchanges:
@@ -194,7 +195,7 @@ class Program:
             exchange.run(rows[exchange.domain])
             begin = exchange.before
         self._run(args, begin, self._num_ops)
-        return self._result.array[: rows[self._result.domain]]
+        return result
 
     def run_ops(self, inputs: StepInputs, begin: int, end: int) -> None:
         """Run operations [begin, end) alone, for tests and measurements."""

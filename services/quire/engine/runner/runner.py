@@ -76,7 +76,7 @@ def _result(fetched: Fetched) -> StepResult:
     token_ids, invalid = drawn or (np.empty(0, np.int32), np.empty(0, np.bool_))
     return StepResult(
         token_ids=token_ids,
-        invalid=invalid.astype(np.bool_),
+        invalid=invalid,
         logprobs=LogprobArrays(*scores) if scores else None,
         prompt_logprobs=LogprobArrays(*prompt_scores) if prompt_scores else None,
     )

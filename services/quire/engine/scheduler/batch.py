@@ -9,7 +9,6 @@ written once into per-seat rows when it starts running; a step gathers the rows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -35,8 +34,7 @@ class Chunk(NamedTuple):
     num_tokens: int
 
 
-@dataclass(frozen=True)
-class ScheduledStep:
+class ScheduledStep(NamedTuple):
     """A plan and what the scheduler needs to take in its result."""
 
     plan: StepPlan

@@ -260,7 +260,7 @@ class Scheduler:
         }
         self.counters.generated_tokens += len(outputs)
         add_logprobs(outputs, drawn, scheduled.plan, result)
-        if result.invalid.any():
+        if any(result.invalid.tolist()):
             return self._fail_invalid(outputs, result)
         return list(outputs.values())
 
