@@ -19,15 +19,19 @@ def address(array: np.ndarray) -> int:
 
 
 class Pointers:
-    """Addresses of arrays in the type the library reads, kept alive for the call."""
+    """Addresses of arrays in the type the library reads, which live as long as this does."""
 
     def __init__(self) -> None:
         self._alive: list[np.ndarray] = []
+
+    def of(self, array: np.ndarray) -> int:
+        """The address of the array itself."""
+        self._alive.append(array)
+        return address(array)
 
     def to(self, array: np.ndarray, dtype: np.dtype) -> int:
         """The address of a contiguous array of this type: the array itself, or a copy."""
         # asked first: numpy takes its time to find that a record type is the same
         if array.dtype is not dtype or not array.flags.c_contiguous:
             array = np.ascontiguousarray(array, dtype)
-        self._alive.append(array)
-        return address(array)
+        return self.of(array)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from quire.kernels.cpu.library import load
-from quire.kernels.cpu.pointers import Pointers, address
+from quire.kernels.cpu.pointers import Pointers
 from quire.kernels.sampling import DRAW_RULE
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quire.kernels.sampling import LogitEdits, SamplingBatch
 
 
-FLOAT32, INT32, UINT32 = (np.dtype(kind) for kind in (np.float32, np.int32, np.uint32))
+FLOAT32, INT32, UINT32 = map(np.dtype, (np.float32, np.int32, np.uint32))
 
 
 class _EditArgs(ctypes.Structure):
@@ -49,6 +49,9 @@ class _EditArgs(ctypes.Structure):
 
 class _SampleArgs(ctypes.Structure):
     """SampleArgs of csrc/cpu/sample.h."""
+
+    arrays: Pointers
+    """What it points to lives as long as it does."""
 
     _fields_ = [
         ("logits", ctypes.c_void_p),
@@ -153,7 +156,7 @@ class CpuSampler:
         flags = np.empty(num_draws, np.bool_) if invalid is None else invalid
         at = Pointers()
         args = _SampleArgs(
-            logits=address(logits),
+            logits=at.of(logits),
             row_stride=_row_stride(logits),
             vocabulary=logits.shape[1],
             num_draws=num_draws,
@@ -161,9 +164,10 @@ class CpuSampler:
             rules=at.to(batch.rules, DRAW_RULE),
             position=at.to(batch.position, UINT32),
             edits=None if batch.edits is None else ctypes.pointer(_edit_args(batch.edits, at)),
-            tokens=address(tokens),
-            invalid=address(flags),
+            tokens=at.of(tokens),
+            invalid=at.of(flags),
         )
+        args.arrays = at
 
         def draw(num_rows: int) -> np.ndarray:
             args.num_rows = num_rows
@@ -189,7 +193,7 @@ class CpuSampler:
         )
         at = Pointers()
         args = _LogprobArgs(
-            logits=address(logits),
+            logits=at.of(logits),
             num_rows=logits.shape[0],
             row_stride=_row_stride(logits),
             vocabulary=logits.shape[1],
@@ -197,10 +201,10 @@ class CpuSampler:
             num_top=num_top,
             rows=at.to(rows, INT32),
             token_ids=at.to(token_ids, INT32),
-            chosen=address(out.chosen),
-            ranks=address(out.ranks),
-            top_ids=address(out.top_ids),
-            top=address(out.top),
+            chosen=at.of(out.chosen),
+            ranks=at.of(out.ranks),
+            top_ids=at.of(out.top_ids),
+            top=at.of(out.top),
         )
         if self._logprobs(self._team.handle, args):
             raise IndexError(f"a row or a token is outside of logits {logits.shape}")
