@@ -1,7 +1,7 @@
 """`quire bench step`: where the time of a step goes, inside the model and around it.
 
     schedule   which tokens, which blocks              execute   the model
-    prepare    the step's arrays and draws             sample    drawing tokens
+    prepare    the step's arrays                       sample    drawing tokens
     update     tokens to sequences, blocks to cache    output    text for the caller
     wait       for the step to be complete             other     the rest of the loop
 
@@ -129,8 +129,8 @@ class StepClock:
         return lambda plan: self._timed("wait")(launch(plan))
 
     def _timed_sampler(self, plain: Method) -> Method:
-        prepare, draw = self._timed("prepare"), self._timed("sample")
-        return lambda batch: draw(prepare(plain)(batch))
+        timed = self._timed("sample")
+        return lambda batch: timed(timed(plain)(batch))
 
     def _timed_update(self, plain: Method) -> Method:
         timed = self._timed("update")(plain)
