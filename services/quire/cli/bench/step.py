@@ -137,7 +137,7 @@ class StepClock:
 
         def update(scheduled: Any, result: Any) -> Any:
             decodes, plan = scheduled.num_decodes, scheduled.plan
-            context = int(plan.inputs.context_lens.sum())
+            context = sum(plan.inputs.context_lens.tolist())
             self._sizes = (decodes, plan.num_tokens - decodes, context)
             if self._marks:
                 begin, end = self._marks.popleft()
