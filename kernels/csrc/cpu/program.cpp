@@ -86,7 +86,7 @@ void Program::share_fetching(int64_t layer) {
 
 // What to fetch beside a claim of the share of `owner`: of what the attention's same share reads.
 Fetch Program::fetch_of(int64_t op, const Claim& claim, int owner) const {
-  const Share& share = shares_[op];
+  const FetchShare& share = shares_[op];
   if (share.whole == 0 || step_.args.num_tokens < kFetchRows) return {};
   const int64_t span_bytes = 2 * step_.cache.tile_bytes(step_.dtype);
   const int64_t lines = span_bytes / 64;

@@ -41,7 +41,7 @@ class Program final : private Job {
  private:
   // The part of the next attention's keys and values that a matmul fetches, which is that of its
   // products in those of all matmuls before that attention.
-  struct Share {
+  struct FetchShare {
     int64_t layer = 0;
     int64_t begin = 0;
     int64_t end = 0;
@@ -66,7 +66,7 @@ class Program final : private Job {
   Limits limits_;
   Step step_;
   std::vector<Op> ops_;
-  std::vector<Share> shares_;       // one per op
+  std::vector<FetchShare> shares_;    // one per op
   std::vector<int64_t> next_linear_;  // one per op: the matmul after it, or 0
   std::vector<const char*> spans_;  // of the step: layer 0, a KV head and block each
   std::unique_ptr<Phase[]> phases_;  // one per op from first_op_ on
