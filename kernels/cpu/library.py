@@ -301,6 +301,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "quire_isa": (ctypes.c_char_p, []),
     "quire_team_create": (c_void_p, [c_int32, c_int32]),
     "quire_team_destroy": (None, [c_void_p]),
+    "quire_team_rouse": (None, [c_void_p]),
     "quire_alloc": (c_void_p, [c_int64]),
     "quire_free": (None, [c_void_p, c_int64]),
     "quire_copy_blocks": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_int64]),

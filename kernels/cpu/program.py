@@ -178,6 +178,8 @@ class Program:
         For logits that is float32 [R, V]. Raises ValueError, before anything ran, for inputs
         beyond the limits or that contradict one another.
         """
+        # the threads slept between steps: they wake while the arguments are put together
+        self._library.quire_team_rouse(self._target.team.handle)
         rows = {TOKENS: len(inputs.token_ids), LOGIT_ROWS: len(inputs.logit_rows)}
         args, _arrays = _step_args(inputs)
         begin = 0
