@@ -90,6 +90,20 @@ def test_requests_go_where_their_prefix_is(server):
                 assert cached >= routing["expected_cached_tokens"] > 100
 
 
+def test_a_cache_salt_hides_the_prefix_from_routers_and_workers_alike(server):
+    """What routers expect is what workers find: nothing under another salt, all under the same."""
+    prompt = "# salted\n" + "import re\n" * 90
+    found = []
+    for salt in (None, "a", "b", None, "b"):
+        answer = complete(server, prompt, cache_salt=salt)
+        [shown] = trace(server, answer)["prompts"]
+        expected = shown["routing"][0]["expected_cached_tokens"]
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        found.append((expected > 100, cached > 100))
+        assert (expected == 0) == (cached == 0)
+    assert found == [(False, False)] * 3 + [(True, True)] * 2
+
+
 def test_the_scores_say_why(server):
     answer = complete(server, "import os\n" * 40 + "def ")
     [prompt] = trace(server, answer)["prompts"]
