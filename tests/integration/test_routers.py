@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from server import running_server
+from waiting import wait_until
 
 FLAGS = (
     "--prefill", "1", "--decode", "2", "--routers", "2", "--max-model-len", "512",
     "--kv-cache-memory-bytes", "32M", "--num-threads", "1",
 )  # fmt: skip
-SETTLE_S = 30
 PRIOR_RATE = 8000.0
 """Prompt tokens per second of a worker that has not reported any."""
 
@@ -30,13 +30,6 @@ def server():
         wait_until(lambda: is_routed(server), "a router decides")
         wait_until(lambda: is_measured(server), "every worker's rate is known")
         yield server
-
-
-def wait_until(condition, what: str, seconds: float = SETTLE_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"did not happen: {what}"
-        time.sleep(0.1)
 
 
 def complete(server, prompt: str, **fields) -> dict:
