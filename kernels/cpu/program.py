@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quire.kernels.cpu import library as lib
+from quire.kernels.cpu.memory import Arena
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +83,7 @@ class BufferPool:
         # Matmuls read rows in blocks of 32; what the rows past the end hold does not matter.
         self._rows = rows
         self._allocated_rows = tuple(-(-count // 32) * 32 for count in rows)
-        self._arena = lib.Arena()
+        self._arena = Arena()
         self._free: dict[tuple[int, int, str, bool], list[np.ndarray]] = {}
 
     @property

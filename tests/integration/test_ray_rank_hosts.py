@@ -11,8 +11,9 @@ import time
 import pytest
 from http_load import Load
 from ray_fleet import fleet_file, gateway, pool, running_fleet
-from ray_hosts import can_make_namespaces, command_line, resident_bytes, wait_until
+from ray_hosts import can_make_namespaces, command_line, resident_bytes
 from server import running_server
+from waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,10 +76,10 @@ def test_a_killed_rank_of_another_host_costs_no_request(both, url) -> None:
     before = both.pods()["wide-0"]
     with Load(url) as load:
         [rank] = second.kill(RANK)
-        wait_until(lambda: both.pods()["wide-0"].restarts > before.restarts, 60, "death noticed")
+        wait_until(lambda: both.pods()["wide-0"].restarts > before.restarts, "death noticed", 60)
         took = both.wait_ready("wide-0")
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+        wait_until(lambda: load.finished > finished + 3, "more answers", 60)
     assert second.pids(RANK) != [rank]
     assert both.pods()["wide-0"].address == before.address
     assert load.failures == []
@@ -92,13 +93,13 @@ def test_a_killed_raylet_of_the_other_host_disturbs_nothing(both, url) -> None:
         began = time.monotonic()
         assert second.kill("raylet/raylet")
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 10, 90, "answers without the raylet")
+        wait_until(lambda: load.finished > finished + 10, "answers without the raylet", 90)
         second.kill("ray start")
         both.start_raylets(**{second.name: 1})
-        wait_until(lambda: second.pids("CompanionActor"), 120, "its supervisor started again")
+        wait_until(lambda: second.pids("CompanionActor"), "its supervisor started again", 120)
         took = time.monotonic() - began
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+        wait_until(lambda: load.finished > finished + 3, "more answers", 60)
     after = both.pods()["wide-0"]
     assert second.pids(RANK) == [rank]
     assert (after.pid, after.restarts, after.state) == (before.pid, before.restarts, "ready")
@@ -113,13 +114,13 @@ def test_a_lost_host_costs_no_request(both, url, number) -> None:
         began = time.monotonic()
         lost.kill("")
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 5, 90, "answers without it")
-        wait_until(lambda: both.pods()["wide-0"].state != "ready", 60, "loss noticed")
+        wait_until(lambda: load.finished > finished + 5, "answers without it", 90)
+        wait_until(lambda: both.pods()["wide-0"].state != "ready", "loss noticed", 60)
         both.start_raylets(**{lost.name: 1})
         both.wait_ready("wide-0", "whole-0")
         took = time.monotonic() - began
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+        wait_until(lambda: load.finished > finished + 3, "more answers", 60)
     assert lost.pids(RANK) or hosts_of(both)[0] is lost
     assert load.failures == []
     report(f"all of the host of rank {number} killed, its raylet started again", took, load)

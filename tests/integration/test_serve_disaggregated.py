@@ -61,6 +61,23 @@ def test_prompts_are_computed_by_the_prefill_worker_and_answers_are_the_same(ser
     assert computed(server, 1) + computed(server, 2) - before <= answered - 2
 
 
+def test_a_cache_salt_hides_the_prefix_on_both_workers(server) -> None:
+    """The prefill worker computes a prompt once for each salt, whatever the decode workers hold."""
+    wait_for_roles(server)
+    prompt = "# salted\n" + PROMPT
+    num_tokens, steps, texts = 0, [], set()
+    for salt in ("a", "a", "b", "b"):
+        before = computed(server, 0)
+        body = {"model": "demo", "prompt": prompt, "max_tokens": 8, "temperature": 0}
+        answer = server.post("/v1/completions", body | {"cache_salt": salt})
+        texts.add(answer["choices"][0]["text"])
+        num_tokens = answer["usage"]["prompt_tokens"]
+        steps.append(computed(server, 0) - before)
+    assert steps[0] == steps[2] == num_tokens
+    assert max(steps[1], steps[3]) <= 16
+    assert len(texts) == 1
+
+
 def test_many_streams_at_once_leave_nothing_behind(server) -> None:
     async def one(number: int) -> dict:
         body = {"model": "demo", "prompt": PROMPT + f"f{number}(", "max_tokens": 20, "seed": number}

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -207,15 +206,6 @@ def quire(host: Host, *words: str, ok: bool = True) -> str:
     else:
         assert done.returncode != 0, done.stdout
     return done.stdout + done.stderr
-
-
-def wait_until(true, timeout_s: float, what: str) -> float:
-    """Seconds it took."""
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < timeout_s, f"{what} did not happen in {timeout_s} s"
-        time.sleep(0.25)
-    return time.monotonic() - began
 
 
 def write_fleet(host: Host, content: dict) -> str:
