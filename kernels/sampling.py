@@ -21,10 +21,22 @@ are skipped.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+
+DRAW_RULE = np.dtype(
+    [
+        ("temperature", np.float32),  # 0 = greedy
+        ("top_k", np.int32),  # 0 = all
+        ("top_p", np.float32),  # in (0, 1]
+        ("min_p", np.float32),  # in [0, 1]; keep tokens of probability >= min_p * the largest
+        ("seed", np.uint64),
+        ("choice", np.uint32),  # index of the parallel sample
+    ],
+    align=True,
+)
+"""How a sequence's tokens are drawn: the same from its first to its last. `DrawRule` of
+csrc/cpu/sample.h."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +61,6 @@ class SamplingBatch:
     """N draws from R rows of logits; several draws may share a row (n > 1)."""
 
     rows: np.ndarray  # [N] int32 row of the logits [R, V]
-    temperature: np.ndarray  # [N] float32, 0 = greedy
-    top_k: np.ndarray  # [N] int32, 0 = all
-    top_p: np.ndarray  # [N] float32 in (0, 1]
-    min_p: np.ndarray  # [N] float32 in [0, 1]; keep tokens with probability >= min_p * the largest
-    seed: np.ndarray  # [N] uint64
-    choice: np.ndarray  # [N] uint32 index of the parallel sample
+    rules: np.ndarray  # [N] DRAW_RULE
     position: np.ndarray  # [N] uint32 absolute position of the token to draw
     edits: LogitEdits | None = None
-
-    @property
-    def is_greedy(self) -> bool:
-        """Every draw is an argmax of its unedited row."""
-        return self.edits is None and not self.temperature.any()

@@ -79,14 +79,14 @@ def noise(
     batch: SamplingBatch, draws: slice, vocabulary: int, device: torch.device
 ) -> torch.Tensor:
     """Noise of every token for the given draws: float32 [draws, V]."""
-    seed = batch.seed[draws].astype(np.uint64)
+    seed = batch.rules["seed"][draws].astype(np.uint64)
     low, high = (seed & np.uint64(0xFFFFFFFF)), (seed >> np.uint64(32))
     # [draws, 1, 2]
     key = to_device(np.stack([low, high], -1).astype(np.int64), device)[:, None]
     groups = torch.arange(-(-vocabulary // 4), device=device)
     position, choice = (
         to_device(x[draws].astype(np.int64), device)[:, None].expand(-1, len(groups))
-        for x in (batch.position, batch.choice)
+        for x in (batch.position, batch.rules["choice"])
     )
     # [draws, V / 4, 4]
     counter = torch.stack(
@@ -175,9 +175,8 @@ class _Filters(NamedTuple):
 
     @classmethod
     def of(cls, batch: SamplingBatch, draws: slice, device: torch.device) -> _Filters:
-        return cls(
-            *(to_device(x[draws], device)[:, None] for x in (batch.top_k, batch.top_p, batch.min_p))
-        )
+        rules = batch.rules[draws]
+        return cls(*(to_device(rules[name], device)[:, None] for name in cls._fields))
 
 
 def _order(logits: torch.Tensor) -> torch.Tensor:
@@ -205,15 +204,16 @@ def _keep(logits: torch.Tensor, scores: torch.Tensor, filters: _Filters) -> torc
 
 def _draw(logits: torch.Tensor, batch: SamplingBatch, draws: slice) -> torch.Tensor:
     """Token [draws] of clean logits [draws, V] by the rules of each draw."""
-    greedy = ~(batch.temperature[draws] >= GREEDY_BELOW)
+    rules = batch.rules[draws]
+    greedy = ~(rules["temperature"] >= GREEDY_BELOW)
     if greedy.all():
         return _first_max(logits)
     device = logits.device
-    temperature = np.where(greedy, np.float32(1), batch.temperature[draws])
+    temperature = np.where(greedy, np.float32(1), rules["temperature"])
     scores = logits - logits.amax(1, keepdim=True)
     scores /= to_device(temperature, device)[:, None]
     scores = scores.nan_to_num(nan=NEGATIVE_INFINITY, neginf=NEGATIVE_INFINITY)
-    if batch.top_k[draws].any() or (batch.top_p[draws] < 1).any() or batch.min_p[draws].any():
+    if rules["top_k"].any() or (rules["top_p"] < 1).any() or rules["min_p"].any():
         keep = _keep(logits, scores, _Filters.of(batch, draws, device))
         scores = scores.masked_fill(~keep, NEGATIVE_INFINITY)
     drawn = _first_max(scores + noise(batch, draws, logits.shape[1], device))

@@ -11,6 +11,7 @@ import numpy as np
 
 from quire.kernels.cpu import library as lib
 from quire.kernels.cpu.memory import Arena
+from quire.kernels.cpu.pointers import address
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from quire.kernels.cpu.exchange import Exchange
     from quire.kernels.layout import KvLayout
     from quire.kernels.ops import StepInputs
+
+INT32_BYTES = 4
 
 TOKENS, LOGIT_ROWS = 0, 1
 """Domains of rows: one per token of the step, or one per row whose logits are wanted."""
@@ -182,7 +185,7 @@ class Program:
         # the threads slept between steps: they wake while the arguments are put together
         self._library.quire_team_rouse(self._target.team.handle)
         rows = {TOKENS: len(inputs.token_ids), LOGIT_ROWS: len(inputs.logit_rows)}
-        args, _arrays = _step_args(inputs)
+        args, _flat = _step_args(inputs)
         begin = 0
         for exchange in self._exchanges:
             self._run(args, begin, exchange.before)
@@ -193,7 +196,7 @@ class Program:
 
     def run_ops(self, inputs: StepInputs, begin: int, end: int) -> None:
         """Run operations [begin, end) alone, for tests and measurements."""
-        args, _arrays = _step_args(inputs)
+        args, _flat = _step_args(inputs)
         self._run(args, begin, end)
 
     def _run(self, args: lib.StepArgs, begin: int, end: int) -> None:
@@ -248,32 +251,40 @@ def _destroy(library: ctypes.CDLL, handle: int, team: lib.Team) -> None:
     library.quire_program_destroy(handle)
 
 
-def _step_args(inputs: StepInputs) -> tuple[lib.StepArgs, list[np.ndarray]]:
-    """The step as the library reads it, and the arrays that it points to.
+def _step_args(inputs: StepInputs) -> tuple[lib.StepArgs, np.ndarray]:
+    """The step as the library reads it, and the array that it points into.
 
     Raises ValueError for arrays that do not belong together.
     """
-    arrays = [
-        np.ascontiguousarray(array, np.int32)
-        for array in (
-            inputs.token_ids,
-            inputs.positions,
-            inputs.query_start,
-            inputs.context_lens,
-            inputs.block_tables,
-            inputs.logit_rows,
-        )
-    ]
-    token_ids, positions, query_start, context_lens, block_tables, logit_rows = arrays
-    if len(positions) != len(token_ids) or len(query_start) != len(context_lens) + 1:
+    num_tokens, num_seqs = len(inputs.token_ids), len(inputs.context_lens)
+    block_tables, num_rows = inputs.block_tables, len(inputs.logit_rows)
+    if len(inputs.positions) != num_tokens or len(inputs.query_start) != num_seqs + 1:
         raise ValueError("token_ids and positions, query_start and context_lens must match")
-    if block_tables.ndim != 2 or len(block_tables) != len(context_lens):
+    if block_tables.ndim != 2 or len(block_tables) != num_seqs:
         raise ValueError("block_tables must be [sequences, blocks]")
-    args = lib.StepArgs(
-        *(array.__array_interface__["data"][0] for array in arrays),
-        block_tables.shape[1],
-        len(token_ids),
-        len(context_lens),
-        len(logit_rows),
+    parts = (
+        inputs.token_ids,
+        inputs.positions,
+        inputs.query_start,
+        inputs.context_lens,
+        block_tables.reshape(-1),
+        inputs.logit_rows,
     )
-    return args, arrays
+    flat = np.concatenate(parts, dtype=np.int32)  # one array has one address to ask for
+    positions = address(flat) + INT32_BYTES * num_tokens
+    query_start = positions + INT32_BYTES * num_tokens
+    context_lens = query_start + INT32_BYTES * (num_seqs + 1)
+    tables = context_lens + INT32_BYTES * num_seqs
+    args = lib.StepArgs(
+        address(flat),
+        positions,
+        query_start,
+        context_lens,
+        tables,
+        tables + INT32_BYTES * block_tables.size,
+        block_tables.shape[1],
+        num_tokens,
+        num_seqs,
+        num_rows,
+    )
+    return args, flat

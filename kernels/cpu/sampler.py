@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from quire.kernels.cpu.library import load
+from quire.kernels.cpu.pointers import Pointers, address
+from quire.kernels.sampling import DRAW_RULE
 
 if TYPE_CHECKING:
-    from numpy.typing import DTypeLike
-
     from quire.kernels.cpu.library import Team
     from quire.kernels.sampling import LogitEdits, SamplingBatch
+
+
+FLOAT32, INT32, UINT32 = (np.dtype(kind) for kind in (np.float32, np.int32, np.uint32))
 
 
 class _EditArgs(ctypes.Structure):
@@ -52,12 +55,7 @@ class _SampleArgs(ctypes.Structure):
         ("vocabulary", ctypes.c_int64),
         ("num_draws", ctypes.c_int64),
         ("rows", ctypes.c_void_p),
-        ("temperature", ctypes.c_void_p),
-        ("top_k", ctypes.c_void_p),
-        ("top_p", ctypes.c_void_p),
-        ("min_p", ctypes.c_void_p),
-        ("seed", ctypes.c_void_p),
-        ("choice", ctypes.c_void_p),
+        ("rules", ctypes.c_void_p),
         ("position", ctypes.c_void_p),
         ("edits", ctypes.POINTER(_EditArgs)),
         ("tokens", ctypes.c_void_p),
@@ -84,37 +82,20 @@ class _LogprobArgs(ctypes.Structure):
     ]
 
 
-def _address(array: np.ndarray) -> int:
-    """What `array.ctypes.data` is, without the objects made for that: several times faster."""
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-class _Pointers:
-    """Addresses of arrays in the type the library reads, kept alive for the call."""
-
-    def __init__(self) -> None:
-        self._alive: list[np.ndarray] = []
-
-    def to(self, array: np.ndarray, dtype: DTypeLike) -> int:
-        array = np.ascontiguousarray(array, dtype)
-        self._alive.append(array)
-        return _address(array)
-
-    def edits(self, edits: LogitEdits) -> _EditArgs:
-        return _EditArgs(
-            repetition=self.to(edits.repetition, np.float32),
-            frequency=self.to(edits.frequency, np.float32),
-            presence=self.to(edits.presence, np.float32),
-            history=self.to(edits.history, np.int32),
-            history_start=self.to(edits.history_start, np.int32),
-            num_prompt=self.to(edits.num_prompt, np.int32),
-            bias_ids=self.to(edits.bias_ids, np.int32),
-            bias_values=self.to(edits.bias_values, np.float32),
-            bias_start=self.to(edits.bias_start, np.int32),
-            allowed=self.to(edits.allowed, np.uint32),
-            allowed_row=self.to(edits.allowed_row, np.int32),
-        )
+def _edit_args(edits: LogitEdits, at: Pointers) -> _EditArgs:
+    return _EditArgs(
+        repetition=at.to(edits.repetition, FLOAT32),
+        frequency=at.to(edits.frequency, FLOAT32),
+        presence=at.to(edits.presence, FLOAT32),
+        history=at.to(edits.history, INT32),
+        history_start=at.to(edits.history_start, INT32),
+        num_prompt=at.to(edits.num_prompt, INT32),
+        bias_ids=at.to(edits.bias_ids, INT32),
+        bias_values=at.to(edits.bias_values, FLOAT32),
+        bias_start=at.to(edits.bias_start, INT32),
+        allowed=at.to(edits.allowed, UINT32),
+        allowed_row=at.to(edits.allowed_row, INT32),
+    )
 
 
 class Logprobs(NamedTuple):
@@ -128,7 +109,7 @@ class Logprobs(NamedTuple):
 
 def _row_stride(logits: np.ndarray) -> int:
     """Elements between rows. Raises ValueError for logits the library cannot read."""
-    if logits.dtype != np.float32 or logits.ndim != 2:
+    if logits.dtype != FLOAT32 or logits.ndim != 2:
         raise ValueError(f"logits must be float32 [R, V], not {logits.dtype} {logits.shape}")
     if logits.shape[1] > 1 and logits.strides[1] != 4:
         raise ValueError("the logits of a row must be contiguous")
@@ -160,30 +141,23 @@ class CpuSampler:
         """
         num_draws = len(batch.rows)
         tokens = np.empty(num_draws, np.int32)
-        flags = np.empty(num_draws, np.uint8)
-        at = _Pointers()
+        flags = np.empty(num_draws, np.bool_) if invalid is None else invalid
+        at = Pointers()
         args = _SampleArgs(
-            logits=_address(logits),
+            logits=address(logits),
             num_rows=logits.shape[0],
             row_stride=_row_stride(logits),
             vocabulary=logits.shape[1],
             num_draws=num_draws,
-            rows=at.to(batch.rows, np.int32),
-            temperature=at.to(batch.temperature, np.float32),
-            top_k=at.to(batch.top_k, np.int32),
-            top_p=at.to(batch.top_p, np.float32),
-            min_p=at.to(batch.min_p, np.float32),
-            seed=at.to(batch.seed, np.uint64),
-            choice=at.to(batch.choice, np.uint32),
-            position=at.to(batch.position, np.uint32),
-            edits=None if batch.edits is None else ctypes.pointer(at.edits(batch.edits)),
-            tokens=_address(tokens),
-            invalid=_address(flags),
+            rows=at.to(batch.rows, INT32),
+            rules=at.to(batch.rules, DRAW_RULE),
+            position=at.to(batch.position, UINT32),
+            edits=None if batch.edits is None else ctypes.pointer(_edit_args(batch.edits, at)),
+            tokens=address(tokens),
+            invalid=address(flags),
         )
         if self._sample(self._team.handle, ctypes.byref(args)):
             raise IndexError(f"a row is outside of 0 .. {logits.shape[0] - 1}")
-        if invalid is not None:
-            invalid[:] = flags
         return tokens
 
     def logprobs(
@@ -200,20 +174,20 @@ class CpuSampler:
             np.empty((num_draws, num_top), np.int32),
             np.empty((num_draws, num_top), np.float32),
         )
-        at = _Pointers()
+        at = Pointers()
         args = _LogprobArgs(
-            logits=_address(logits),
+            logits=address(logits),
             num_rows=logits.shape[0],
             row_stride=_row_stride(logits),
             vocabulary=logits.shape[1],
             num_draws=num_draws,
             num_top=num_top,
-            rows=at.to(rows, np.int32),
-            token_ids=at.to(token_ids, np.int32),
-            chosen=_address(out.chosen),
-            ranks=_address(out.ranks),
-            top_ids=_address(out.top_ids),
-            top=_address(out.top),
+            rows=at.to(rows, INT32),
+            token_ids=at.to(token_ids, INT32),
+            chosen=address(out.chosen),
+            ranks=address(out.ranks),
+            top_ids=address(out.top_ids),
+            top=address(out.top),
         )
         if self._logprobs(self._team.handle, ctypes.byref(args)):
             raise IndexError(f"a row or a token is outside of logits {logits.shape}")

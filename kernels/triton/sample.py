@@ -141,21 +141,23 @@ def _choose_kernel(
 
 def is_plain(batch: SamplingBatch) -> bool:
     """No draw of the batch edits or filters its logits."""
-    filters = batch.top_k.any() or batch.min_p.any() or (batch.top_p < 1).any()
+    rules = batch.rules
+    filters = rules["top_k"].any() or rules["min_p"].any() or (rules["top_p"] < 1).any()
     return batch.edits is None and not filters
 
 
 def draw(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Tokens of a plain batch, and where there was no candidate: int32 [2, N] on the device."""
     num_draws, vocabulary = len(batch.rows), logits.shape[1]
-    temperature = np.where(batch.temperature < GREEDY_BELOW, np.float32(0), batch.temperature)
-    seed = np.ascontiguousarray(batch.seed).view(np.int32).reshape(-1, 2)  # little-endian
+    rules = batch.rules
+    temperature = np.where(rules["temperature"] < GREEDY_BELOW, np.float32(0), rules["temperature"])
+    seed = np.ascontiguousarray(rules["seed"]).view(np.int32).reshape(-1, 2)  # little-endian
     fields = (
         batch.rows,
         temperature.astype(np.float32).view(np.int32),
         seed[:, 0],
         seed[:, 1],
-        batch.choice.view(np.int32),
+        rules["choice"].view(np.int32),
         batch.position.view(np.int32),
     )
     [draws] = put([np.stack(fields)], logits.device)

@@ -9,7 +9,7 @@ print(answer.outputs[0].text)
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -35,18 +35,27 @@ Prompt = "str | Sequence[int] | Mapping[str, Any]"
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 
 
-@dataclass
+@dataclass(slots=True)
+class _Growing:
+    """A choice: its text, and the tokens that the text has not taken in yet."""
+
+    text: ChoiceText
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class _Live:
     """A request on its way through the engine."""
 
     result: RequestOutput
     params: SamplingParams
-    texts: list[ChoiceText]
+    choices: list[_Growing]
 
     @property
     def ended(self) -> bool:
         """Every choice has a finish reason, be it the engine's or a stop string's."""
-        return all(text.finish_reason is not None for text in self.texts)
+        return all(choice.text.finish_reason is not None for choice in self.choices)
 
 
 class LLM:
@@ -161,8 +170,8 @@ class LLM:
             )
             choices = [CompletionOutput(i) for i in range(params.n)]
             result = RequestOutput(request_id, text, ids, choices)
-            texts = [ChoiceText(self._tokenizer, params) for _ in range(params.n)]
-            live[request_id] = _Live(result, params, texts)
+            growing = [_Growing(ChoiceText(self._tokenizer, params)) for _ in range(params.n)]
+            live[request_id] = _Live(result, params, growing)
             results.append(result)
         return True
 
@@ -181,29 +190,45 @@ class LLM:
                 done(1)
 
     def _extend(self, entry: _Live, output: ChoiceOutput) -> bool:
-        """Take in a choice's new tokens; returns whether they are its last."""
-        choice, text = entry.result.outputs[output.choice], entry.texts[output.choice]
-        end = None
-        if output.finish_reason is not None:
-            end = End(output.finish_reason.value, output.stop_token_id)
-        delta = text.push(output.token_ids, output.logprobs, end)
-        choice.token_ids += output.token_ids[: delta.num_tokens]
-        if delta.finish_reason is not None:
-            choice.text = text.text
-            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
-        if entry.params.logprobs is not None and delta.num_tokens:
-            pairs = zip(output.token_ids, output.logprobs[: delta.num_tokens], strict=False)
-            entries = [self._logprobs(token, scored) for token, scored in pairs]
-            choice.logprobs = (choice.logprobs or []) + entries
-            total = sum(s.logprob for s in output.logprobs[: delta.num_tokens])
-            choice.cumulative_logprob = (choice.cumulative_logprob or 0.0) + total
+        """Take in a choice's new tokens; returns whether they are its last.
+
+        They become text when it is wanted: for stop strings as they come, else at the end.
+        """
+        growing = entry.choices[output.choice]
+        growing.token_ids += output.token_ids
+        if output.logprobs:
+            growing.logprobs += output.logprobs
         if output.admission is not None:
             entry.result.num_cached_tokens = output.admission.cached_tokens
             if entry.params.prompt_logprobs is not None:
-                pairs = zip(entry.result.prompt_token_ids[1:], output.prompt_logprobs, strict=True)
-                scores = [self._logprobs(token, scored) for token, scored in pairs]
-                entry.result.prompt_logprobs = [None, *scores]
-        return delta.finish_reason is not None
+                self._score_prompt(entry.result, output.prompt_logprobs)
+        if output.finish_reason is None:
+            return bool(entry.params.stop) and self._push(entry, output.choice, None)
+        end = End(output.finish_reason.value, output.stop_token_id)
+        return self._push(entry, output.choice, end)
+
+    def _push(self, entry: _Live, index: int, end: End | None) -> bool:
+        """Make text of the tokens that have come; returns whether the choice ends with them."""
+        choice, growing = entry.result.outputs[index], entry.choices[index]
+        token_ids, logprobs = growing.token_ids, growing.logprobs
+        growing.token_ids, growing.logprobs = [], []
+        delta = growing.text.push(token_ids, logprobs, end)
+        choice.token_ids += token_ids[: delta.num_tokens]
+        if entry.params.logprobs is not None and delta.num_tokens:
+            pairs = zip(token_ids, logprobs[: delta.num_tokens], strict=False)
+            entries = [self._logprobs(token, scored) for token, scored in pairs]
+            choice.logprobs = (choice.logprobs or []) + entries
+            total = sum(s.logprob for s in logprobs[: delta.num_tokens])
+            choice.cumulative_logprob = (choice.cumulative_logprob or 0.0) + total
+        if delta.finish_reason is None:
+            return False
+        choice.text = growing.text.text
+        choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+        return True
+
+    def _score_prompt(self, result: RequestOutput, scores: Sequence[TokenLogprob]) -> None:
+        pairs = zip(result.prompt_token_ids[1:], scores, strict=True)
+        result.prompt_logprobs = [None, *(self._logprobs(*pair) for pair in pairs)]
 
     def _logprobs(self, token: int, scored: TokenLogprob) -> dict[int, Logprob]:
         """The drawn token first, then the most likely ones, as vLLM orders them."""

@@ -66,7 +66,7 @@ def generate(engine: Engine, requests: list[EngineRequest]):
 
     def record(rows, batch):
         for i, row in enumerate(batch.rows.tolist()):
-            key = (int(batch.seed[i]), int(batch.position[i]))
+            key = (int(batch.rules["seed"][i]), int(batch.position[i]))
             logits[key] = torch.as_tensor(rows[row]).float().clone()
         return sample(rows, batch)
 

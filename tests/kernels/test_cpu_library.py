@@ -112,7 +112,7 @@ BAD_STEPS = {
     "no rows": step(query_start=np.array([0, 0])),
     "rows missing": step(query_start=np.array([0, 2]), context_lens=np.array([2])),
     "lengths differ": step(token_ids=np.arange(2)),
-    "too many logit rows": step(logit_rows=np.zeros(9)),
+    "too many logit rows": step(logit_rows=np.zeros(9, int)),
     "too many tokens": step(65),
     "beyond the rotary table": step(1, positions=np.array([20]), context_lens=np.array([21])),
     "table too short": step(20, block_tables=np.array([[0]])),

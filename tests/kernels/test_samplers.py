@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.kernels import cpu, torch_sampler
-from quire.kernels.sampling import LogitEdits, SamplingBatch
+from quire.kernels.sampling import DRAW_RULE, LogitEdits, SamplingBatch
 
 Sample = Callable[..., np.ndarray]
 
@@ -36,24 +36,14 @@ def sample(request) -> Sample:
 
 def make_batch(num_draws: int, **changes: Any) -> SamplingBatch:
     """Draws at temperature 1 from row 0, each at its own position."""
-    dtypes = {
-        "rows": np.int32,
-        "temperature": np.float32,
-        "top_k": np.int32,
-        "top_p": np.float32,
-        "min_p": np.float32,
-        "seed": np.uint64,
-        "choice": np.uint32,
-        "position": np.uint32,
-    }
-    values = dict.fromkeys(dtypes, 0) | {"temperature": 1, "top_p": 1}
-    values |= {"position": np.arange(num_draws)} | changes
+    values = {"rows": 0, "temperature": 1, "top_p": 1, "position": np.arange(num_draws)} | changes
+    rows = np.broadcast_to(np.asarray(values.pop("rows"), np.int32), num_draws).copy()
+    position = np.broadcast_to(np.asarray(values.pop("position"), np.uint32), num_draws).copy()
     edits = values.pop("edits", None)
-    arrays = {
-        name: np.broadcast_to(np.asarray(value, dtypes[name]), num_draws).copy()
-        for name, value in values.items()
-    }
-    return SamplingBatch(**arrays, edits=edits)
+    rules = np.zeros(num_draws, DRAW_RULE)
+    for name, value in values.items():
+        rules[name] = value
+    return SamplingBatch(rows, rules, position, edits)
 
 
 def make_edits(num_draws: int, vocabulary: int, **changes: Any) -> LogitEdits:
@@ -99,8 +89,8 @@ def philox_words(counter: list[int], key: list[int]) -> list[int]:
 
 
 def slow_noise(batch: SamplingBatch, draw: int, token: int) -> float:
-    seed = int(batch.seed[draw])
-    counter = [int(batch.position[draw]), int(batch.choice[draw]), token // 4, 0]
+    seed = int(batch.rules["seed"][draw])
+    counter = [int(batch.position[draw]), int(batch.rules["choice"][draw]), token // 4, 0]
     word = philox_words(counter, [seed & 0xFFFFFFFF, seed >> 32])[token % 4]
     uniform = np.float32(word >> 1) * np.float32(2**-31) + np.float32(2**-32)
     uniform = min(uniform, np.float32(1 - 2**-24))
@@ -128,18 +118,19 @@ def slow_edits(row: np.ndarray, edits: LogitEdits, draw: int) -> np.ndarray:
 
 def slow_kept(row: np.ndarray, batch: SamplingBatch, draw: int) -> list[int]:
     """Tokens that the filters leave, in order."""
-    scores = (row - row.max()) / float(batch.temperature[draw])
+    rule = batch.rules[draw]
+    scores = (row - row.max()) / float(rule["temperature"])
     order = sorted(range(len(row)), key=lambda t: (-row[t], t))
-    if batch.top_k[draw] > 0:
-        order = order[: batch.top_k[draw]]
+    if rule["top_k"] > 0:
+        order = order[: rule["top_k"]]
     weights = [np.exp(scores[t]) for t in order]
     kept, mass = [], 0.0
     for token, weight in zip(order, weights, strict=True):
-        if mass >= float(batch.top_p[draw]) * sum(weights) and batch.top_p[draw] < 1:
+        if mass >= float(rule["top_p"]) * sum(weights) and rule["top_p"] < 1:
             break
         kept.append(token)
         mass += weight
-    return [t for t in kept if np.exp(scores[t]) >= float(batch.min_p[draw])]
+    return [t for t in kept if np.exp(scores[t]) >= float(rule["min_p"])]
 
 
 def slow_totals(logits: np.ndarray, batch: SamplingBatch, draw: int) -> dict[int, float]:
@@ -147,10 +138,10 @@ def slow_totals(logits: np.ndarray, batch: SamplingBatch, draw: int) -> dict[int
     row = logits[batch.rows[draw]].astype(np.float64)
     if batch.edits is not None:
         row = slow_edits(row, batch.edits, draw)
-    if batch.temperature[draw] == 0:
+    if batch.rules["temperature"][draw] == 0:
         best = int(row.argmax())
         return {best: 0.0}
-    scores = (row - row.max()) / float(batch.temperature[draw])
+    scores = (row - row.max()) / float(batch.rules["temperature"][draw])
     kept = slow_kept(row, batch, draw)
     return {t: scores[t] + slow_noise(batch, draw, t) for t in kept if np.isfinite(scores[t])}
 
@@ -284,10 +275,11 @@ def test_compiled_draws_equal_torchs(vocabulary, scale, cpu_samplers) -> None:
         for sampler in cpu_samplers:
             got = sampler.sample(logits, batch)
             for draw in np.flatnonzero(got != want):
-                assert batch.temperature[draw] > 0, "greedy draws are exactly equal"
+                assert batch.rules["temperature"][draw] > 0, "greedy draws are exactly equal"
                 row = logits[batch.rows[draw]].astype(np.float64)
                 totals = [
-                    row[t] / float(batch.temperature[draw]) + slow_noise(batch, draw, int(t))
+                    row[t] / float(batch.rules["temperature"][draw])
+                    + slow_noise(batch, draw, int(t))
                     for t in (got[draw], want[draw])
                 ]
                 assert totals[0] == pytest.approx(totals[1], abs=1e-5)
@@ -343,7 +335,7 @@ def test_compiled_edits_equal_torchs(cpu_samplers) -> None:
     )
     for temperature in (0, 1):
         batch = replace(random_batch(rng, num_draws, 2), edits=edits)
-        batch = replace(batch, temperature=np.full(num_draws, temperature, np.float32))
+        batch.rules["temperature"] = temperature
         want = torch_sample(logits, batch)
         before = logits.copy()
         for sampler in cpu_samplers:
@@ -395,14 +387,8 @@ def test_a_draw_is_the_same_alone_and_in_any_batch(sample) -> None:
     batch = random_batch(rng, 30, 6)
     tokens = sample(logits, batch)
     for draw in (0, 7, 29):
-        alone = SamplingBatch(
-            **{
-                name: getattr(batch, name)[draw : draw + 1]
-                for name in SamplingBatch.__dataclass_fields__
-                if name not in ("edits", "rows")
-            },
-            rows=np.zeros(1, np.int32),
-        )
+        only = slice(draw, draw + 1)
+        alone = SamplingBatch(np.zeros(1, np.int32), batch.rules[only], batch.position[only])
         row = logits[batch.rows[draw]][None]
         assert sample(row, alone)[0] == tokens[draw]
 

@@ -11,7 +11,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from quire.kernels import torch_sampler  # noqa: E402
-from quire.kernels.sampling import SamplingBatch  # noqa: E402
+from quire.kernels.sampling import DRAW_RULE, SamplingBatch  # noqa: E402
 from quire.kernels.triton import sample  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,16 +24,12 @@ def batch(count: int, rows: int, seed: int = 0) -> SamplingBatch:
     """Draws with large seeds and positions, greedy ones among them."""
     rng = np.random.default_rng(seed)
     temperature = rng.choice([0.0, 1e-6, 0.3, 0.7, 1.0, 1.3, 5.0], count)
-    return SamplingBatch(
-        rows=rng.integers(0, rows, count).astype(np.int32),
-        temperature=temperature.astype(np.float32),
-        top_k=np.zeros(count, np.int32),
-        top_p=np.ones(count, np.float32),
-        min_p=np.zeros(count, np.float32),
-        seed=rng.integers(0, 2**64, count, np.uint64),
-        choice=rng.integers(0, 2**32, count, np.uint32),
-        position=rng.integers(0, 2**32, count, np.uint32),
-    )
+    rules = np.zeros(count, DRAW_RULE)
+    at = rng.integers(0, rows, count).astype(np.int32)
+    rules["temperature"], rules["top_p"] = temperature, 1
+    rules["seed"] = rng.integers(0, 2**64, count, np.uint64)
+    rules["choice"] = rng.integers(0, 2**32, count, np.uint32)
+    return SamplingBatch(at, rules, rng.integers(0, 2**32, count, np.uint32))
 
 
 def check(logits: torch.Tensor, draws: SamplingBatch) -> torch.Tensor:
@@ -52,7 +48,7 @@ def test_draws_are_the_reference_s(vocabulary) -> None:
 def test_noise_is_the_reference_s_bit_for_bit() -> None:
     """A logit ahead by a hair more than the noise is behind: any wrong bit shows in some draw."""
     draws = replace(batch(64, 1), rows=np.arange(64, dtype=np.int32))
-    draws = replace(draws, temperature=np.ones(64, np.float32))
+    draws.rules["temperature"] = 1
     noise = torch_sampler.noise(draws, slice(0, 64), 40, torch.device("cpu"))
     # token 0 scores exactly as token 1 does, or one float32 step above or below
     ahead = noise[:, 1:2] - noise[:, :1]
@@ -67,7 +63,8 @@ def test_ties_go_to_the_lowest_token_across_programs() -> None:
     vocabulary = 3 * sample.BLOCK
     logits = torch.zeros(2, vocabulary)
     logits[0, [2000, 2001, 3000]] = 1.0
-    greedy = replace(batch(2, 1), rows=np.array([0, 1], np.int32), temperature=np.zeros(2, "f4"))
+    greedy = replace(batch(2, 1), rows=np.array([0, 1], np.int32))
+    greedy.rules["temperature"] = 0
     assert check(logits, greedy)[0].tolist() == [2000, 0]
 
 
@@ -81,16 +78,15 @@ def test_what_is_no_number_is_not_drawn() -> None:
     logits[3, 99] = -3.0
     for temperature in (0.0, 1.0):
         draws = replace(batch(4, 1), rows=np.arange(4, dtype=np.int32))
-        draws = replace(draws, temperature=np.full(4, temperature, np.float32))
+        draws.rules["temperature"] = temperature
         got = check(logits, draws)
         assert got[1].tolist() == [1, 1, 0, 0]
         assert got[0].tolist() == [0, 0, 7, 99]
 
 
-def test_batches_with_filters_are_not_plain() -> None:
-    plain = batch(3, 1)
-    assert sample.is_plain(plain)
-    one = np.array([0, 1, 0])
-    assert not sample.is_plain(replace(plain, top_k=one.astype(np.int32)))
-    assert not sample.is_plain(replace(plain, top_p=np.array([1, 0.9, 1], np.float32)))
-    assert not sample.is_plain(replace(plain, min_p=one.astype(np.float32) / 10))
+@pytest.mark.parametrize(("name", "value"), [("top_k", 1), ("top_p", 0.9), ("min_p", 0.1)])
+def test_batches_with_filters_are_not_plain(name, value) -> None:
+    draws = batch(3, 1)
+    assert sample.is_plain(draws)
+    draws.rules[name][1] = value
+    assert not sample.is_plain(draws)

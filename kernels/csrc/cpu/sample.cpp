@@ -322,22 +322,22 @@ int32_t draw_token(const SampleArgs& args, int64_t draw, Team* team) {
   }
   const Row row(logits, args.vocabulary, team);
   const Token largest = row.largest();
-  const float temperature = args.temperature[draw];
+  const DrawRule& rule = args.rules[draw];
+  const float temperature = rule.temperature;
   if (largest.id < 0 || !(temperature >= kGreedyBelow)) return largest.id;
 
   const Scale scale{largest.logit, temperature};
-  const int64_t k = args.top_k[draw];
-  const double top_p = args.top_p[draw];
+  const int64_t k = rule.top_k;
+  const double top_p = rule.top_p;
   Cut cut = kNoCut;
   if (k > 0 && k < args.vocabulary) {
     cut = cut_top_k(row, scale, k, top_p);
   } else if (top_p < 1) {
     cut = cut_top_p(row, scale, top_p);
   }
-  if (args.min_p[draw] > 0) cut.score = std::log(args.min_p[draw]);
-  const uint64_t seed = args.seed[draw];
-  const NoiseKey key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-                     args.position[draw], args.choice[draw]};
+  if (rule.min_p > 0) cut.score = std::log(rule.min_p);
+  const NoiseKey key{static_cast<uint32_t>(rule.seed), static_cast<uint32_t>(rule.seed >> 32),
+                     args.position[draw], rule.choice};
   return row.draw(scale, cut, key);
 }
 

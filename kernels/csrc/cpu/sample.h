@@ -25,6 +25,16 @@ struct EditArgs {
   const int32_t* allowed_row;    // [N]
 };
 
+// DRAW_RULE of kernels/sampling.py.
+struct DrawRule {
+  float temperature;
+  int32_t top_k;
+  float top_p;
+  float min_p;
+  uint64_t seed;
+  uint32_t choice;
+};
+
 struct SampleArgs {
   const float* logits;
   int64_t num_rows;
@@ -32,12 +42,7 @@ struct SampleArgs {
   int64_t vocabulary;
   int64_t num_draws;
   const int32_t* rows;         // [N]
-  const float* temperature;    // [N]
-  const int32_t* top_k;        // [N]
-  const float* top_p;          // [N]
-  const float* min_p;          // [N]
-  const uint64_t* seed;        // [N]
-  const uint32_t* choice;      // [N]
+  const DrawRule* rules;       // [N]
   const uint32_t* position;    // [N]
   const EditArgs* edits;       // or null
   int32_t* tokens;             // [N] out

@@ -94,6 +94,16 @@ class SamplingParams:
             or self.repetition_penalty != 1
         )
 
+    @property
+    def edits_logits(self) -> bool:
+        """Tokens are not drawn from the raw logits, min_tokens aside."""
+        return (
+            self.has_penalties
+            or bool(self.logit_bias)
+            or bool(self.bad_words_ids)
+            or self.allowed_token_ids is not None
+        )
+
 
 def new_seed() -> int:
     """A seed for a request that came without one: 63 random bits."""

@@ -146,7 +146,8 @@ class Engine:
         # steps under way at once overlap: from the end of the one before
         began, self._landed = max(step.began, self._landed), time.monotonic()
         self.step_s = self._landed - began
-        self.pace.note_step([c.num_tokens for c in step.scheduled.chunks], self.step_s)
+        decodes = step.scheduled.num_decodes
+        self.pace.note_step(decodes, step.scheduled.plan.num_tokens - decodes, self.step_s)
         return outputs
 
     def reset_prefix_cache(self) -> int:

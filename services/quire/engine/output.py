@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from quire.engine.request import FinishReason
 
 
@@ -73,12 +75,12 @@ class ChoiceOutput:
     choice: int
     position: int
     token_ids: list[int]
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: Sequence[TokenLogprob] = ()
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     admission: Admission | None = None
     """On a request's first output."""
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprob] = ()
     """Entry i is for prompt token i + 1; with the first output only."""
     last_of_request: bool = False
     """No other choice of the request is open any more."""

@@ -13,10 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 MEMORY_S = 10.0
 """Busy seconds after which a step counts 1/e."""
@@ -43,14 +39,8 @@ class Pace:
         # decayed sums over decode-only steps: 1, d, T, d * T, d * d
         self._moments = (0.0, 0.0, 0.0, 0.0, 0.0)
 
-    def note_step(self, chunks: Iterable[int], duration_s: float) -> None:
-        """A finished step: tokens per sequence (1 = a decode), and how long it took."""
-        decodes = prompt = 0
-        for tokens in chunks:
-            if tokens == 1:
-                decodes += 1
-            else:
-                prompt += tokens
+    def note_step(self, decodes: int, prompt: int, duration_s: float) -> None:
+        """A finished step: sequences that got one token, tokens of prompts, how long it took."""
         keep = math.exp(-duration_s / MEMORY_S)
         if prompt:
             self._prefill_tokens = self._prefill_tokens * keep + prompt

@@ -48,7 +48,7 @@ class RemotePrompt(Protocol):
         """What the time between the two was spent on; None when no other pod was asked."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRequest:
     """What a caller asks of the engine. Validated by `Engine.add_request`."""
 
@@ -74,7 +74,7 @@ class EngineRequest:
     """The prompt's blocks are for another pod: report them, and hold them until released."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class RequestState:
     """A request inside the engine: what its sequences share, and its times."""
 
@@ -97,11 +97,20 @@ class RequestState:
     """Smaller is served first and preempted last: (priority if used, arrival)."""
     draws_by_history: bool = field(init=False)
     """The logits of a draw are edited by the tokens before it, which the host has to know."""
+    is_plain: bool = field(init=False)
+    """Of one choice, whose tokens are drawn from the raw logits and alone are wanted: a step looks
+    no further into it."""
 
     def __post_init__(self) -> None:
         params = self.request.params
         has_long_words = any(len(word) > 1 for word in params.bad_words_ids)
         self.draws_by_history = params.has_penalties or has_long_words
+        self.is_plain = (
+            params.n == 1
+            and params.logprobs is None
+            and not params.edits_logits
+            and not params.min_tokens
+        )
 
 
 class Sequence:
@@ -120,6 +129,7 @@ class Sequence:
         "num_promised",
         "num_prompt",
         "num_registered",
+        "num_writable",
         "seat",
         "state",
         "tokens",
@@ -146,6 +156,9 @@ class Sequence:
         """Hashes of the full blocks of `tokens`."""
         self.num_registered = 0
         """Leading blocks of the table that are registered in the prefix cache."""
+        self.num_writable = 0
+        """Tokens that its blocks hold with no other sequence in the one being filled; 0 where that
+        has to be looked at."""
         self.seat = -1
         """Row of the scheduler's per-sequence arrays while running."""
         self.finished = False
@@ -170,6 +183,11 @@ class Sequence:
         """More than the newest token is missing in the cache."""
         return self.num_planned - self.num_computed > 1
 
+    @property
+    def is_ending(self) -> bool:
+        """With the pending tokens it is as long as it may become."""
+        return self.num_planned - self.num_prompt >= self.state.max_tokens
+
     def append(self, token: int) -> None:
         """Add a drawn token and, when it fills a block, that block's hash."""
         tokens = self.tokens
@@ -179,12 +197,14 @@ class Sequence:
             self.block_hashes += block_hash.extend(parent, tokens, len(tokens) - BLOCK_SIZE)
 
     def fork(self, choice: int) -> Sequence:
-        """Another choice with the same tokens so far. The caller shares the blocks."""
+        """Another choice with the same tokens so far, pending ones too. The caller shares the
+        blocks."""
         child = Sequence.__new__(Sequence)
         child.state, child.choice, child.tokens = self.state, choice, self.tokens.copy()
         child.num_prompt, child.num_computed = self.num_prompt, self.num_computed
-        child.num_forks = child.num_promised = child.num_pending = 0
-        child.draw = -1
+        child.num_forks = child.num_promised = 0
+        child.num_pending, child.draw = self.num_pending, -1
+        child.num_writable = self.num_writable = 0
         child.block_table = self.block_table.copy()
         child.hash_root, child.block_hashes = self.hash_root, self.block_hashes.copy()
         child.num_registered = self.num_registered

@@ -132,9 +132,9 @@ class StepClock:
         timed = self._timed("update")(plain)
 
         def update(scheduled: Any, result: Any) -> Any:
-            counts = [c.num_tokens for c in scheduled.chunks]
-            context = sum(c.start + c.num_tokens for c in scheduled.chunks)
-            self._sizes = (counts.count(1), sum(n for n in counts if n > 1), context)
+            decodes, plan = scheduled.num_decodes, scheduled.plan
+            context = int(plan.inputs.context_lens.sum())
+            self._sizes = (decodes, plan.num_tokens - decodes, context)
             if self._marks:
                 begin, end = self._marks.popleft()
                 self._spent[MODEL_PHASE] = begin.elapsed_time(end) / 1e3

@@ -168,7 +168,9 @@ class CpuBackend:
     def compute(self, inputs: StepInputs) -> np.ndarray:
         """Replay the step."""
         token_ids = with_drawn(inputs.token_ids, self._drawn)
-        return self.program.run(replace(inputs, token_ids=token_ids))
+        if token_ids is not inputs.token_ids:
+            inputs = replace(inputs, token_ids=token_ids)
+        return self.program.run(inputs)
 
     def progress(self) -> float:
         """Changes with every operation of a step."""
@@ -176,7 +178,7 @@ class CpuBackend:
 
     def sample(self, logits: np.ndarray, batch: SamplingBatch) -> Arrays:
         """Draw tokens: [N] int32, and [N] bool for draws without a finite logit."""
-        invalid = np.zeros(len(batch.rows), np.bool_)
+        invalid = np.empty(len(batch.rows), np.bool_)
         self._drawn = self._sampler.sample(logits, batch, invalid)
         return self._drawn, invalid
 

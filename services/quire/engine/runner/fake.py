@@ -67,12 +67,12 @@ class FakeRunner:
             context = self._read(inputs.block_tables[owner[row]], int(inputs.positions[row]) + 1)
             if int(sampling.position[i]) != len(context):
                 raise AssertionError("a draw's position is not the length of its context")
-            draw = (int(sampling.seed[i]), int(sampling.choice[i]))
+            draw = (int(sampling.rules["seed"][i]), int(sampling.rules["choice"][i]))
             tokens.append(expected_token(context, draw, self.vocab_size))
         self._drawn = np.array(tokens, np.int32)
         return StepResult(
             token_ids=self._drawn,
-            invalid=np.isin(sampling.seed, list(self.broken_seeds)),
+            invalid=np.isin(sampling.rules["seed"], list(self.broken_seeds)),
             logprobs=_zeros(len(plan.logprob_draws), plan.num_logprobs),
             prompt_logprobs=_zeros(len(plan.prompt_rows), plan.num_prompt_logprobs),
         )

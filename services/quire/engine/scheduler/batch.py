@@ -1,7 +1,10 @@
-"""Turns a step's chunks into the flat arrays of a `StepPlan`.
+"""Turns what a step computes into the flat arrays of a `StepPlan`.
 
-What does not change while a sequence runs (sampling parameters, most of its block table) is written
-once into per-seat rows when it starts running; a step gathers the rows of its sequences.
+What does not change while a sequence runs (the rule of its draws, most of its block table) is
+written once into per-seat rows when it starts running; a step gathers the rows of its sequences.
+
+    sequences   [decodes: one token each)[chunks of prompts, and of what is computed again)
+    draws       [decodes)[chunks that reach the newest token)[choices to fork off)
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from quire.engine.request import BLOCK_SIZE
 from quire.engine.scheduler.edits import build_edits, needs_edits
 from quire.engine.scheduler.plan import StepPlan
 from quire.kernels.ops import StepInputs, drawn_as
-from quire.kernels.sampling import SamplingBatch
+from quire.kernels.sampling import DRAW_RULE, SamplingBatch
 
 if TYPE_CHECKING:
+    from quire.api.sampling import SamplingParams
     from quire.engine.request import Sequence
 
 
@@ -28,20 +33,22 @@ class Chunk(NamedTuple):
     num_tokens: int
 
 
-class Draw(NamedTuple):
-    """One token to draw: for `choice` of the sequence's request (its own, or one to fork off)."""
-
-    seq: Sequence
-    choice: int
-
-
 @dataclass(frozen=True)
 class ScheduledStep:
     """A plan and what the scheduler needs to take in its result."""
 
     plan: StepPlan
+    num_decodes: int
+    """Leading sequences of the plan that compute the one token they lack."""
     chunks: list[Chunk]
-    draws: list[Draw]
+    """Of the sequences after those."""
+    draws: list[Sequence]
+    """Whose tokens are drawn, in the order of the plan's draws, which end with `forks`."""
+    forks: list[tuple[Sequence, int]]
+    """(sequence, choice to fork off it) of the other draws."""
+    filled: list[tuple[Sequence, int]]
+    """(sequence, its tokens in the cache once the step has run), where a block or the prompt may
+    have become complete."""
     prompt_logprobs: list[tuple[Sequence, int]]
     """(sequence, how many of the plan's prompt rows are its), in row order."""
     decides_next: bool
@@ -60,21 +67,15 @@ class Seats:
         self.vocab_size = vocab_size
         self.free = list(range(max_num_seqs - 1, -1, -1))
         self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
-        self.temperature = np.zeros(max_num_seqs, np.float32)
-        self.top_k = np.zeros(max_num_seqs, np.int32)
-        self.top_p = np.ones(max_num_seqs, np.float32)
-        self.min_p = np.zeros(max_num_seqs, np.float32)
-        self.seed = np.zeros(max_num_seqs, np.uint64)
+        self.rules = np.zeros(max_num_seqs, DRAW_RULE)
 
     def take(self, seq: Sequence) -> None:
         """Give the sequence a seat and write its rows."""
         seat = seq.seat = self.free.pop()
-        params = seq.state.request.params
-        self.temperature[seat] = 0.0 if params.is_greedy else params.temperature
-        self.top_k[seat] = params.top_k
-        self.top_p[seat] = params.top_p
-        self.min_p[seat] = params.min_p
-        self.seed[seat] = seq.state.request.seed & (2**64 - 1)
+        params, seed = seq.state.request.params, seq.state.request.seed
+        temperature = 0.0 if params.is_greedy else params.temperature
+        filters = (params.top_k, params.top_p, params.min_p)
+        self.rules[seat] = (temperature, *filters, seed & (2**64 - 1), seq.choice)
         self.write_blocks(seq, 0)
 
     def leave(self, seq: Sequence) -> None:
@@ -88,102 +89,133 @@ class Seats:
         if start < len(table):
             self.block_tables[seq.seat, start : len(table)] = table[start:]
 
-    def build(self, step: int, chunks: list[Chunk], copies: list[tuple[int, int]]) -> ScheduledStep:
-        """The plan of a step over `chunks`, whose sequences all have seats and blocks."""
-        builder = _Builder(self, chunks)
-        logit_rows, draws, draw_rows, prompt = builder.rows()
-        inputs = builder.inputs(np.array(logit_rows, np.int32))
-        targets = [t for seq, rows in prompt for t in seq.tokens[rows.start + 1 : rows.stop + 1]]
-        wanted = [i for i, d in enumerate(draws) if d.seq.state.request.params.logprobs is not None]
-        plan = StepPlan(
-            step=step,
-            inputs=inputs,
-            sampling=self._sampling(draws, draw_rows),
-            copies=np.array(copies, np.int32) if copies else _NO_COPIES,
-            logprob_draws=np.array(wanted, np.int32) if wanted else _NO_ROWS,
-            num_logprobs=max((_logprobs(draws[i].seq) for i in wanted), default=0),
-            prompt_rows=np.array(builder.prompt_rows, np.int32) if prompt else _NO_ROWS,
-            prompt_targets=np.array(targets, np.int32) if prompt else _NO_ROWS,
-            num_prompt_logprobs=max((_prompt_logprobs(seq) for seq, _ in prompt), default=0),
-        )
-        owners = [(seq, len(rows)) for seq, rows in prompt]
-        decides_next = any(d.seq.num_forks or d.seq.state.draws_by_history for d in draws)
-        return ScheduledStep(plan, chunks, draws, owners, decides_next)
-
-    def _sampling(self, draws: list[Draw], rows: list[int]) -> SamplingBatch:
-        seats = np.array([d.seq.seat for d in draws], np.intp)
-        return SamplingBatch(
-            rows=np.array(rows, np.int32),
-            temperature=self.temperature[seats],
-            top_k=self.top_k[seats],
-            top_p=self.top_p[seats],
-            min_p=self.min_p[seats],
-            seed=self.seed[seats],
-            choice=np.array([d.choice for d in draws], np.uint32),
-            position=np.array([d.seq.num_planned for d in draws], np.uint32),
-            edits=build_edits([d.seq for d in draws], self.vocab_size)
-            if any(needs_edits(d.seq) for d in draws)
-            else None,
-        )
+    def build(
+        self, step: int, decodes: list[Sequence], chunks: list[Chunk], copies: list[tuple[int, int]]
+    ) -> ScheduledStep:
+        """The plan of a step over `decodes` and then `chunks`, of sequences that all have seats and
+        blocks."""
+        return _Builder(self, decodes, chunks).build(step, copies)
 
 
 class _Builder:
-    """One pass over the chunks of a step."""
+    """The rows of one step: first those of its decodes, which are alike, then chunk by chunk."""
 
-    def __init__(self, seats: Seats, chunks: list[Chunk]) -> None:
+    def __init__(self, seats: Seats, decodes: list[Sequence], chunks: list[Chunk]) -> None:
         self.seats = seats
+        self.decodes = decodes
         self.chunks = chunks
+        self.draws = decodes.copy()
+        self.logit_rows = list(range(len(decodes)))
+        """Rows of the step whose logits are wanted."""
+        self.draw_rows = self.logit_rows.copy()
+        """The logit row of each draw."""
+        self.prompt: list[tuple[Sequence, range]] = []
+        """Prompt positions whose log-probabilities are wanted."""
         self.prompt_rows: list[int] = []
+        """The logit row of each of those."""
+        self.forks: list[tuple[Sequence, int]] = []
 
-    def rows(self) -> tuple[list[int], list[Draw], list[int], list[tuple[Sequence, range]]]:
-        """Rows of the step whose logits are wanted; the draws, and the logit row of each; the
-        prompt positions whose log-probabilities are wanted, per sequence."""
-        logit_rows: list[int] = []
-        draws: list[Draw] = []
-        draw_rows: list[int] = []
-        prompt: list[tuple[Sequence, range]] = []
-        first_row = 0
+    def build(self, step: int, copies: list[tuple[int, int]]) -> ScheduledStep:
+        """The plan and what goes with it."""
+        inputs = self._inputs()
+        special = [i for i, seq in enumerate(self.draws) if not seq.state.is_plain]
+        if special:
+            special += self._add_forks(special)
+        drawn = [*self.draws, *(seq for seq, _ in self.forks)] if self.forks else self.draws
+        wanted = [i for i in special if _params(drawn[i]).logprobs is not None]
+        targets = [t for seq, at in self.prompt for t in seq.tokens[at.start + 1 : at.stop + 1]]
+        plan = StepPlan(
+            step=step,
+            inputs=inputs,
+            sampling=self._sampling(drawn, edited=any(needs_edits(drawn[i]) for i in special)),
+            copies=np.array(copies, np.int32) if copies else _NO_COPIES,
+            logprob_draws=np.array(wanted, np.int32) if wanted else _NO_ROWS,
+            num_logprobs=max((_params(drawn[i]).logprobs or 0 for i in wanted), default=0),
+            prompt_rows=np.array(self.prompt_rows, np.int32) if targets else _NO_ROWS,
+            prompt_targets=np.array(targets, np.int32) if targets else _NO_ROWS,
+            num_prompt_logprobs=max(
+                (_params(seq).prompt_logprobs or 0 for seq, _ in self.prompt), default=0
+            ),
+        )
+        return ScheduledStep(
+            plan=plan,
+            num_decodes=len(self.decodes),
+            chunks=self.chunks,
+            draws=self.draws,
+            forks=self.forks,
+            filled=self._filled(),
+            prompt_logprobs=[(seq, len(positions)) for seq, positions in self.prompt],
+            decides_next=bool(self.forks) or any(drawn[i].state.draws_by_history for i in special),
+        )
+
+    def _inputs(self) -> StepInputs:
+        decodes = self.decodes
+        positions = [seq.num_computed for seq in decodes]
+        token_ids = [drawn_as(seq.draw) if seq.num_pending else seq.tokens[-1] for seq in decodes]
+        context_lens = [position + 1 for position in positions]
+        query_start = list(range(len(decodes) + 1))
         for seq, start, num_tokens in self.chunks:
             end = start + num_tokens
-            positions = prompt_logprob_positions(seq, start, end)
-            if positions:
-                prompt.append((seq, positions))
-                self.prompt_rows.extend(range(len(logit_rows), len(logit_rows) + len(positions)))
-                logit_rows.extend(first_row + p - start for p in positions)
-            if end == seq.num_planned:
-                draw_rows.extend([len(logit_rows)] * (1 + seq.num_forks))
-                draws.append(Draw(seq, seq.choice))
-                draws.extend(Draw(seq, c) for c in range(1, 1 + seq.num_forks))
-                logit_rows.append(first_row + num_tokens - 1)
-            first_row += num_tokens
-        return logit_rows, draws, draw_rows, prompt
-
-    def inputs(self, logit_rows: np.ndarray) -> StepInputs:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        query_start = [0]
-        context_lens: list[int] = []
-        for seq, start, num_tokens in self.chunks:
-            end = start + num_tokens
-            if num_tokens == 1:
-                is_known = start < len(seq.tokens)
-                token_ids.append(seq.tokens[start] if is_known else drawn_as(seq.draw))
-                positions.append(start)
-            else:
-                token_ids.extend(seq.tokens[start:end])
-                positions.extend(range(start, end))
+            self._add_logit_rows(seq, start, end, first_row=len(token_ids) - start)
+            token_ids += seq.tokens[start:end]
+            positions += range(start, end)
             query_start.append(len(token_ids))
             context_lens.append(end)
-        seats = np.array([c.seq.seat for c in self.chunks], np.intp)
-        num_blocks = max(len(c.seq.block_table) for c in self.chunks)
+        sequences = [*decodes, *(chunk.seq for chunk in self.chunks)] if self.chunks else decodes
+        seats = np.array([seq.seat for seq in sequences], np.intp)
+        num_blocks = max([len(seq.block_table) for seq in sequences])
         return StepInputs(
             token_ids=np.array(token_ids, np.int32),
             positions=np.array(positions, np.int32),
             query_start=np.array(query_start, np.int32),
             context_lens=np.array(context_lens, np.int32),
             block_tables=self.seats.block_tables[seats, :num_blocks],
-            logit_rows=logit_rows,
+            logit_rows=np.array(self.logit_rows, np.int32),
         )
+
+    def _add_logit_rows(self, seq: Sequence, start: int, end: int, first_row: int) -> None:
+        """Of a chunk; position p is row `first_row` + p."""
+        rows = self.logit_rows
+        if positions := prompt_logprob_positions(seq, start, end):
+            self.prompt.append((seq, positions))
+            self.prompt_rows += range(len(rows), len(rows) + len(positions))
+            rows += [first_row + p for p in positions]
+        if end == seq.num_planned:
+            self.draws.append(seq)
+            self.draw_rows.append(len(rows))
+            rows.append(first_row + end - 1)
+
+    def _add_forks(self, special: list[int]) -> range:
+        """Draws for the choices to fork off, from the row of the first choice each; their numbers
+        follow those of the others."""
+        for i in special:
+            seq = self.draws[i]
+            self.forks += [(seq, choice) for choice in range(1, 1 + seq.num_forks)]
+            self.draw_rows += [self.draw_rows[i]] * seq.num_forks
+        return range(len(self.draws), len(self.draw_rows))
+
+    def _sampling(self, drawn: list[Sequence], *, edited: bool) -> SamplingBatch:
+        rules = self.seats.rules.take([seq.seat for seq in drawn])
+        if self.forks:
+            rules["choice"][len(self.draws) :] = [choice for _, choice in self.forks]
+        return SamplingBatch(
+            rows=np.array(self.draw_rows, np.int32),
+            rules=rules,
+            position=np.array([len(seq.tokens) + seq.num_pending for seq in drawn], np.uint32),
+            edits=build_edits(drawn, self.seats.vocab_size) if edited else None,
+        )
+
+    def _filled(self) -> list[tuple[Sequence, int]]:
+        filled = [(seq, start + num_tokens) for seq, start, num_tokens in self.chunks]
+        for seq in self.decodes:
+            end = seq.num_computed + 1
+            if end % BLOCK_SIZE == 0 or end == seq.num_prompt:
+                filled.append((seq, end))
+        return filled
+
+
+def _params(seq: Sequence) -> SamplingParams:
+    return seq.state.request.params
 
 
 def prompt_logprob_positions(seq: Sequence, start: int, end: int) -> range:
@@ -191,11 +223,3 @@ def prompt_logprob_positions(seq: Sequence, start: int, end: int) -> range:
     if seq.state.request.params.prompt_logprobs is None:
         return range(0)
     return range(max(start, len(seq.state.prompt_logprobs)), min(end, seq.num_prompt - 1))
-
-
-def _logprobs(seq: Sequence) -> int:
-    return seq.state.request.params.logprobs or 0
-
-
-def _prompt_logprobs(seq: Sequence) -> int:
-    return seq.state.request.params.prompt_logprobs or 0

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 def needs_edits(seq: Sequence) -> bool:
     """The sequence's next token is not drawn from the raw logits."""
     params = seq.state.request.params
-    return (
-        params.has_penalties
-        or bool(params.logit_bias)
-        or bool(params.bad_words_ids)
-        or params.allowed_token_ids is not None
-        or _num_output(seq) < params.min_tokens
-    )
+    return params.edits_logits or _num_output(seq) < params.min_tokens
 
 
 def build_edits(seqs: Seq[Sequence], vocab_size: int) -> LogitEdits:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from quire.engine.output import ChoiceOutput, TokenLogprob
 
 if TYPE_CHECKING:
+    from quire.engine.request import Sequence
     from quire.engine.scheduler.batch import ScheduledStep
-    from quire.engine.scheduler.plan import LogprobArrays, StepResult
+    from quire.engine.scheduler.plan import LogprobArrays, StepPlan, StepResult
 
 
 def take_prompt_logprobs(scheduled: ScheduledStep, result: StepResult) -> None:
@@ -24,15 +25,15 @@ def take_prompt_logprobs(scheduled: ScheduledStep, result: StepResult) -> None:
 
 
 def add_logprobs(
-    outputs: dict[int, ChoiceOutput], scheduled: ScheduledStep, result: StepResult
+    outputs: dict[int, ChoiceOutput], drawn: list[Sequence], plan: StepPlan, result: StepResult
 ) -> None:
     """Put the log-probability of each draw that wants it into its output, given by draw."""
     if result.logprobs is None:
         return
-    for row, draw in enumerate(scheduled.plan.logprob_draws.tolist()):
-        num_top = scheduled.draws[draw].seq.state.request.params.logprobs or 0
+    for row, draw in enumerate(plan.logprob_draws.tolist()):
+        num_top = drawn[draw].state.request.params.logprobs or 0
         if draw in outputs:
-            outputs[draw].logprobs.append(_entry(result.logprobs, row, num_top))
+            outputs[draw].logprobs = [_entry(result.logprobs, row, num_top)]
 
 
 def _entry(arrays: LogprobArrays, row: int, num_top: int) -> TokenLogprob:

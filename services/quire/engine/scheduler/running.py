@@ -68,17 +68,17 @@ class Running:
         self._flight.release(seq.block_table)
         self.pool.promised -= seq.num_promised
         seq.block_table = []
-        seq.num_promised = seq.num_computed = seq.num_registered = 0
+        seq.num_promised = seq.num_computed = seq.num_registered = seq.num_writable = 0
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Hold writable blocks for tokens [num_computed, num_tokens); False when none are left."""
+        if num_tokens <= seq.num_writable:
+            return True
         table = seq.block_table
-        missing = max(-(-num_tokens // BLOCK_SIZE) - len(table), 0)
+        start = len(table)
+        missing = max(-(-num_tokens // BLOCK_SIZE) - start, 0)
         block, offset = divmod(seq.num_computed, BLOCK_SIZE)
         shared = offset > 0 and self.pool.ref_count(table[block]) > 1
-        if not missing and not shared:
-            return True
-        start = len(table)
         try:
             fresh = self.bind(seq, missing + shared, promised=missing)
         except NoBlocksLeft:
@@ -91,6 +91,7 @@ class Running:
             start = block
         table += fresh
         self.seats.write_blocks(seq, start)
+        seq.num_writable = len(table) * BLOCK_SIZE
         return True
 
     def bind(self, seq: Sequence, count: int, *, promised: int) -> list[int]:

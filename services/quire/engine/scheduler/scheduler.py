@@ -42,7 +42,6 @@ from quire.engine.scheduler.running import Running
 if TYPE_CHECKING:
     from quire.engine.kv.pool import BlockPool
     from quire.engine.output import TokenLogprob
-    from quire.engine.scheduler.batch import Draw
     from quire.engine.scheduler.plan import StepResult
 
 
@@ -154,10 +153,11 @@ class Scheduler:
             return None
         self.running.copies = []
         preemptions = self.counters.preemptions
-        chunks: dict[Sequence, Chunk] = {}
-        budget = self._schedule_decodes(chunks)
-        rows = self.limits.max_logit_rows - len(chunks)
-        for seq in [s for s in self.running.sequences if s.is_prefill and s not in chunks]:
+        decodes, prefills = self._schedule_decodes()
+        chunks: list[Chunk] = []
+        budget = self.limits.max_num_batched_tokens - len(decodes)
+        rows = self.limits.max_logit_rows - len(decodes)
+        for seq in prefills:
             if budget <= 0:
                 break
             budget, rows = self._schedule_chunk(seq, chunks, budget, rows)
@@ -165,11 +165,11 @@ class Scheduler:
             while budget > 0 and (new := self._admit()) is not None:
                 if new in self.running.sequences:
                     budget, rows = self._schedule_chunk(new, chunks, budget, rows)
-        if not chunks:
+        if not decodes and not chunks:
             return None
         step = self.counters.steps + len(self.flight)
-        scheduled = self.running.seats.build(step, list(chunks.values()), self.running.copies)
-        self._begin(scheduled)
+        scheduled = self.running.seats.build(step, decodes, chunks, self.running.copies)
+        self._begin(scheduled, decodes)
         return scheduled
 
     def _must_land(self) -> bool:
@@ -180,33 +180,46 @@ class Scheduler:
             return False
         return newest.decides_next or self.pool.num_available < len(self.running.sequences)
 
-    def _begin(self, scheduled: ScheduledStep) -> None:
+    def _begin(self, scheduled: ScheduledStep, decodes: list[Sequence]) -> None:
         """Count as computed what the step will compute, and as pending what it will draw."""
+        for seq in decodes:
+            seq.num_computed += 1
         for seq, start, count in scheduled.chunks:
             seq.num_computed = start + count
-        for i, (seq, choice) in enumerate(scheduled.draws):
-            if choice == seq.choice:
-                seq.num_pending += 1
-                seq.draw = i
+        for i, seq in enumerate(scheduled.draws):
+            seq.num_pending += 1
+            seq.draw = i
         self.flight.begin(scheduled)
 
-    def _schedule_decodes(self, chunks: dict[Sequence, Chunk]) -> int:
-        """Give every running sequence that lacks one token that token; returns the budget left."""
+    def _schedule_decodes(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The running sequences that lack one token, each with a place for it; and those that lack
+        more."""
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
         for seq in list(self.running.sequences):
-            if seq.seat < 0 or seq.is_prefill or self._is_ending(seq):
-                continue
-            while not self.running.grow(seq, seq.num_planned):
-                victim = max(self.running.sequences, key=_age)
-                self._preempt(victim)
-                chunks.pop(victim, None)
-                if victim is seq:
-                    break
-            else:
-                chunks[seq] = Chunk(seq, seq.num_computed, 1)
-        return self.limits.max_num_batched_tokens - len(chunks)
+            num_planned = len(seq.tokens) + seq.num_pending
+            if seq.seat < 0 or (seq.num_pending and seq.is_ending):
+                continue  # preempted just now, or the token that is pending is its last
+            if num_planned - seq.num_computed > 1:
+                prefills.append(seq)
+            elif num_planned <= seq.num_writable or self._make_room(seq, decodes):
+                decodes.append(seq)
+        return decodes, [seq for seq in prefills if seq.seat >= 0]
+
+    def _make_room(self, seq: Sequence, decodes: list[Sequence]) -> bool:
+        """Hold a block for a sequence's next token, preempting the youngest ones until there is
+        one; False when that came to be the sequence itself."""
+        while not self.running.grow(seq, seq.num_planned):
+            victim = max(self.running.sequences, key=_age)
+            self._preempt(victim)
+            if victim in decodes:
+                decodes.remove(victim)
+            if victim is seq:
+                return False
+        return True
 
     def _schedule_chunk(
-        self, seq: Sequence, chunks: dict[Sequence, Chunk], budget: int, rows: int
+        self, seq: Sequence, chunks: list[Chunk], budget: int, rows: int
     ) -> tuple[int, int]:
         """Give a prefilling sequence a chunk; returns the budget and the logit rows left."""
         self._count_cached(seq, self.running.skip_cached(seq))
@@ -220,7 +233,7 @@ class Scheduler:
             count -= (seq.num_computed + count) % BLOCK_SIZE
         if count <= 0 or not self.running.grow(seq, seq.num_computed + count):
             return budget, rows
-        chunks[seq] = Chunk(seq, seq.num_computed, count)
+        chunks.append(Chunk(seq, seq.num_computed, count))
         end = seq.num_computed + count
         used = len(prompt_logprob_positions(seq, seq.num_computed, end)) + (count == missing)
         return budget - count, rows - used
@@ -230,21 +243,22 @@ class Scheduler:
         finished choices. What has ended meanwhile is passed over."""
         self.flight.land(scheduled)
         self.counters.steps += 1
-        now = time.monotonic()
-        for seq, start, count in scheduled.chunks:
-            self.counters.computed_tokens += count
+        self.counters.computed_tokens += scheduled.plan.num_tokens
+        for seq, num_done in scheduled.filled:
             if not seq.finished:
-                self._note_computed(seq, start + count)
+                self._note_computed(seq, num_done)
         take_prompt_logprobs(scheduled, result)
-        # Fork before any token is appended: all choices start from the prompt.
-        drawn = {
-            i: self._drawn_for(draw)
-            for i, draw in enumerate(scheduled.draws)
-            if not draw.seq.finished
-        }
+        drawn = scheduled.draws
+        if scheduled.forks:  # before any token is appended: all choices start from the prompt
+            drawn = drawn + [self._fork(*fork) for fork in scheduled.forks]
+        now = time.monotonic()
         tokens = result.token_ids.tolist()
-        outputs = {i: self._append(seq, tokens[i], now) for i, seq in drawn.items()}
-        add_logprobs(outputs, scheduled, result)
+        outputs = {
+            i: self._append(seq, token, now)
+            for i, (seq, token) in enumerate(zip(drawn, tokens, strict=True))
+            if not seq.finished
+        }
+        add_logprobs(outputs, drawn, scheduled.plan, result)
         if result.invalid.any():
             return self._fail_invalid(outputs, result)
         return list(outputs.values())
@@ -263,11 +277,12 @@ class Scheduler:
         if seq is None:
             return []
         now = time.monotonic()
+        seq.num_pending = 1  # it was drawn elsewhere
         forks = [self._fork(seq, choice) for choice in range(1, 1 + seq.num_forks)]
         outputs = []
         for choice, token in zip([seq, *forks], drawn, strict=True):
             output = self._append(choice, token.token_id, now)
-            output.logprobs += [] if token.logprob is None else [token.logprob]
+            output.logprobs = [] if token.logprob is None else [token.logprob]
             outputs.append(output)
         return outputs
 
@@ -317,50 +332,35 @@ class Scheduler:
         self.running.stop(seq)
         self.waiting.push(seq)
 
-    def _drawn_for(self, draw: Draw) -> Sequence:
-        """Whose token a draw is."""
-        if draw.choice != draw.seq.choice:
-            return self._fork(draw.seq, draw.choice)
-        draw.seq.num_pending -= 1
-        return draw.seq
-
     def _fork(self, parent: Sequence, choice: int) -> Sequence:
+        """A further choice; of a request that has ended, the one it would have been a fork of."""
+        if parent.finished:
+            return parent
         child = self.running.fork(parent, choice)
         self._requests[parent.state.request.request_id].append(child)
         return child
 
     def _append(self, seq: Sequence, token: int, now: float) -> ChoiceOutput:
-        """Add a drawn token to its sequence, and end the sequence where it must."""
+        """Add a token that was pending to its sequence, and end the sequence where it must."""
         state = seq.state
-        output = ChoiceOutput(state.request.request_id, seq.choice, seq.num_output, [token])
+        position = len(seq.tokens) - seq.num_prompt
+        output = ChoiceOutput(state.request.request_id, seq.choice, position, [token])
         self.counters.generated_tokens += 1
         if state.first_token is None:
             state.first_token = now
             output.admission = admission(state)
             output.prompt_logprobs = state.prompt_logprobs
+        seq.num_pending -= 1
         seq.append(token)
-        reason = self._finish_reason(seq, token)
-        if reason is not None:
-            output.finish_reason = reason
-            output.stop_token_id = token if reason is FinishReason.STOP else None
-            self._finish(seq)
-            output.last_of_request = state.open_choices == 0
+        if token in state.stop_token_ids and position >= state.request.params.min_tokens:
+            output.finish_reason, output.stop_token_id = FinishReason.STOP, token
+        elif position + 1 >= state.max_tokens:
+            output.finish_reason = FinishReason.LENGTH
+        else:
+            return output
+        self._finish(seq)
+        output.last_of_request = state.open_choices == 0
         return output
-
-    def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
-        state = seq.state
-        if token in state.stop_token_ids and seq.num_output > state.request.params.min_tokens:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if self._is_full(seq, seq.num_tokens) else None
-
-    def _is_full(self, seq: Sequence, num_tokens: int) -> bool:
-        """With so many tokens the sequence ends, whatever they are."""
-        most = seq.num_prompt + seq.state.max_tokens
-        return num_tokens >= most or num_tokens >= self.limits.max_model_len
-
-    def _is_ending(self, seq: Sequence) -> bool:
-        """The token that is pending is the sequence's last."""
-        return seq.num_pending > 0 and self._is_full(seq, seq.num_planned)
 
     def _finish(self, seq: Sequence) -> None:
         """The sequence ends: its blocks go back, the request is forgotten with its last choice."""
