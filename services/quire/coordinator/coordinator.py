@@ -229,8 +229,7 @@ class Coordinator:
             self.topology = topology
             hosts = {p: r.report.host for p, r in self.replicas.items() if r.report is not None}
             self._write(hosts=self._record.hosts | hosts, topology=topology)
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self.tell_readers()
 
     def _choose_address(self, pod: str, one: Replica) -> None:
         """A pod that came up elsewhere takes the old one's place once it is ready."""
@@ -251,6 +250,11 @@ class Coordinator:
         job = asyncio.create_task(self._drain(address), name=f"drain {address}")
         self._drains.add(job)
         job.add_done_callback(self._drains.discard)
+
+    def tell_readers(self) -> None:
+        """Have `changed` return."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def changed(self) -> None:
         """Return with the next topology."""

@@ -66,7 +66,10 @@ async def serve(
         network.bind(server, fleet.coordinator.listen)
         status = _serve_status(fleet, service)
         await server.start()
-        return await _run(coordinator, service, ray, _Ending(ended, ends_with_fleet))
+        try:
+            return await _run(coordinator, service, ray, _Ending(ended, ends_with_fleet))
+        finally:
+            service.end()
     except (StateError, Refused, RayError) as error:
         return _cannot(str(error))
     except OSError as error:

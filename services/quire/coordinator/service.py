@@ -30,6 +30,12 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     def __init__(self, coordinator: Coordinator, cluster: RayCluster) -> None:
         self._coordinator, self._cluster = coordinator, cluster
         self.charge = asyncio.Event()
+        self._is_over = False
+
+    def end(self) -> None:
+        """The server is about to stop: end the streams, which it would cut off, and log as failed."""
+        self._is_over = True
+        self._coordinator.tell_readers()
 
     @property
     def in_charge(self) -> bool:
@@ -50,7 +56,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             have = ", ".join(names)
             said = f"the fleet has no model {model}" if model else "the fleet has several models"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{said}: ask for one of {have}")
-        while True:
+        while not self._is_over:
             if self._coordinator.term:
                 yield self._topology(model)
             with contextlib.suppress(TimeoutError):
