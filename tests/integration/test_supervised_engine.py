@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from quire.coordinator import files
-from quire.coordinator.companion import Companion
+from quire.coordinator.companion import ASK_S, Companion
 from quire.coordinator.reconcile import State
-from quire.coordinator.supervisor import Assignment, StaleTerm, Supervisor
+from quire.coordinator.supervisor import Assignment, Report, StaleTerm, Supervisor
 
 LIMIT_S = 90
 
@@ -137,6 +137,27 @@ def test_the_ranks_of_two_hosts_are_started_again_as_one(own_folder):
     stop(first)
     stop(second)
     assert [files.identity(pid) for pid in pids] == [None] * 3
+
+
+def test_another_hosts_process_that_hangs_does_not_outlast_rank_0(own_folder):
+    """It waits for a rank 0 that does not listen, and is stopped; then rank 0 is another."""
+    one = assignment(options=assignment().options | {"tensor_parallel_size": 2}, nodes=2, node=1)
+    rank0 = Report(State.STARTING, "d", "both", master="127.0.0.1:1")
+    reports = [rank0]
+    companion = Companion(one, "127.0.0.1", lambda: reports[-1])
+    time.sleep(2 * ASK_S)
+    assert companion.report().pid == 0, "started before rank 0"
+    reports.append(replace(rank0, pid=7))
+    waiting = wait_for(companion, lambda r: r.state is State.READY)
+    os.kill(waiting.pid, signal.SIGSTOP)
+    reports.append(replace(rank0, pid=0))  # between two
+    time.sleep(2 * ASK_S)
+    assert companion.report().pid == waiting.pid
+    reports.append(replace(rank0, pid=8))
+    again = wait_for(companion, lambda r: r.state is State.READY and r.pid != waiting.pid)
+    assert files.identity(waiting.pid) is None
+    assert again.restarts == 1
+    stop(companion)
 
 
 @pytest.mark.slow

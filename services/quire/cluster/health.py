@@ -40,7 +40,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._over = asyncio.Event()
 
     def end(self) -> None:
-        """The server is about to stop: end the streams, which it would cut off, and log as failed."""
+        """The server stops next: end the streams, or it cuts them off and logs them as failed."""
         self._over.set()
 
     async def Check(

@@ -41,6 +41,8 @@ class Engine:
     """Devices it sees."""
     master: str = ""
     """Where rank 0 meets the ranks of other hosts, if there are any."""
+    leader: int = 0
+    """Process of rank 0 that it was started beside, where that is on another host; 0: not known."""
 
     @property
     def is_alive(self) -> bool:
@@ -61,6 +63,8 @@ class Launch:
     gpus: str | None
     """Devices it shall see; None for those that this process sees."""
     master: str = ""
+    """See `Engine`."""
+    leader: int = 0
     """See `Engine`."""
 
 
@@ -95,6 +99,7 @@ def find(folder: Path) -> Engine | None:
         about["digest"],
         about["gpus"],
         about.get("master", ""),
+        about.get("leader", 0),
     )
     return engine if engine.is_alive else None
 
@@ -120,6 +125,7 @@ def start(folder: Path, launch: Launch) -> Engine:
                 "digest": launch.digest,
                 "gpus": gpus,
                 "master": launch.master,
+                "leader": launch.leader,
             },
         },
     )

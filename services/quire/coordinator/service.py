@@ -33,7 +33,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._is_over = False
 
     def end(self) -> None:
-        """The server is about to stop: end the streams, which it would cut off, and log as failed."""
+        """The server stops next: end the streams, or it cuts them off and logs them as failed."""
         self._is_over = True
         self._coordinator.tell_readers()
 

@@ -205,13 +205,12 @@ class Supervisor:
         master = ""
         if self._assignment.nodes > 1:
             master = self._free_address(before.get("master", ""), 0)
-        return self._launch(own, address, before.get("gpus"), master)
+        return self._launch(own, address, master)
 
-    def _launch(
-        self, own: dict[str, Any], address: str, gpus: str | None, master: str = ""
-    ) -> Engine:
+    def _launch(self, own: dict[str, Any], address: str, master: str, leader: int = 0) -> Engine:
         """With options of its own beside those of the pool. Raises OSError."""
         a = self._assignment
+        before = files.read_json(self._folder / files.ENGINE) or {}
         if master:
             host, port = split_address(master)
             own |= {"nnodes": a.nodes, "node_rank": a.node}
@@ -222,8 +221,9 @@ class Supervisor:
             digest=a.digest,
             token=a.cluster.get("cluster_token"),
             orphan_s=a.orphan_s,
-            gpus=gpus,
+            gpus=before.get("gpus"),
             master=master,
+            leader=leader,
         )
         engine = engine_process.start(self._folder, launch)
         self._show(engine, adopted=False)
