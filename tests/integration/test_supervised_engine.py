@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from quire import demo
 from quire.coordinator import files
+from quire.coordinator import supervisor as supervisor_module
 from quire.coordinator.companion import ASK_S, Companion
 from quire.coordinator.reconcile import State
 from quire.coordinator.supervisor import Assignment, Report, StaleTerm, Supervisor
@@ -88,11 +90,36 @@ def test_an_engine_is_restarted_in_place_adopted_and_drained(own_folder):
     assert not files.identity(adopted.pid)
 
 
-def test_what_cannot_be_served_is_said(own_folder):
-    options = assignment().options | {"model": "/no/such/model"}
-    supervisor = Supervisor(assignment(options=options))
-    report = wait_for(supervisor, lambda r: r.state is State.FAILED)
-    assert "/no/such/model" in report.reason
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "/no/such/model"}, "no model folder at '/no/such/model'"),
+        ({"tensor_parallel_size": 4}, "tensor_parallel_size=4 does not fit this model"),
+        ({"max_model_len": "much"}, "max_model_len"),
+    ],
+)
+def test_what_cannot_be_served_is_said_and_not_tried_again(own_folder, options, words):
+    supervisor = Supervisor(assignment(options=assignment().options | options))
+    report = wait_for(supervisor, lambda r: r.state is State.REFUSED)
+    assert words in report.reason
+    assert "\n" not in report.reason
+    assert (report.pid, report.restarts) == (0, 0)
+    stop(supervisor)
+
+
+def test_what_has_served_before_is_tried_again(own_folder, monkeypatch):
+    """The file that it needs is away only now."""
+    monkeypatch.setattr(supervisor_module, "LONGEST_DELAY_S", 0.5)
+    model = own_folder / "model"
+    model.symlink_to(demo.path())
+    supervisor = Supervisor(assignment(options=assignment().options | {"model": str(model)}))
+    started = wait_for(supervisor, is_ready)
+    model.unlink()
+    os.kill(started.pid, signal.SIGKILL)
+    failed = wait_for(supervisor, lambda r: r.state is State.FAILED)
+    assert f"no model folder at '{model}'" in failed.reason
+    model.symlink_to(demo.path())
+    wait_for(supervisor, is_ready)
     stop(supervisor)
 
 

@@ -50,6 +50,7 @@ class Companion(Supervisor):
     async def _watch(self, engine: Engine) -> float:
         """Until its ranks end or shall end, or rank 0 has moved; returns for how long they ran."""
         self._report = replace(self._report, state=State.READY)
+        self._proven = engine.digest  # what rank 0 refuses is not for good: it may be upgraded
         began = asked = time.monotonic()
         while engine.is_alive and not self._stopping.is_set():
             files.renew_lease(self._folder)

@@ -77,9 +77,14 @@ class Exit:
     last_lines: tuple[str, ...] = ()
 
     @property
+    def is_refusal(self) -> bool:
+        """The engine has said why it cannot serve."""
+        return self.code == CANNOT_SERVE and bool(self.last_lines)
+
+    @property
     def reason(self) -> str:
         """One line for people: what the engine said last when it ended by itself."""
-        if self.code == CANNOT_SERVE and self.last_lines:
+        if self.is_refusal:
             return last_word(self.last_lines)
         if self.code is not None and self.code < 0:
             return f"the engine was killed by {_signal_name(-self.code)}"

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING
 
 from quire.cluster.rpc import Cluster
 from quire.coordinator.client import drain_engine, leads
-from quire.coordinator.coordinator import Coordinator, Deposed, NoRoom, Refused
+from quire.coordinator.coordinator import Coordinator, Deposed
 from quire.coordinator.joining import RayError
 from quire.coordinator.placement import HeadAway, RayCluster
+from quire.coordinator.room import NoRoom, Refused
 from quire.coordinator.service import CoordinatorService
+from quire.coordinator.splits import check_splits
 from quire.coordinator.state import StateError, StateFolder
 from quire.proto import coordinator_pb2_grpc
 from quire.telemetry.instruments import new_registry, render
@@ -154,6 +156,10 @@ async def _run(
 async def _work(coordinator: Coordinator, service: CoordinatorService, ray: RayCluster) -> None:
     """Raises Refused and RayError while nothing runs yet, and Deposed."""
     config = coordinator.fleet.coordinator
+    try:
+        await check_splits(coordinator.fleet)
+    except ValueError as error:
+        raise Refused(str(error)) from None
     deadline = time.monotonic() + config.ray_wait_s
     connected = False
     while True:

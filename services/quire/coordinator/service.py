@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from quire.coordinator.coordinator import Refused
 from quire.coordinator.placement import HeadAway
 from quire.coordinator.reconcile import State
+from quire.coordinator.replica import Replica
+from quire.coordinator.room import Refused
 from quire.coordinator.supervisor import WEIGHTS
 from quire.proto import coordinator_pb2, coordinator_pb2_grpc
 
@@ -142,12 +143,14 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             )
             model = one.fleet.model_of(name).name
             reply.pools.add(pool=name, model=model, wanted=wanted, ready=ready)
-        for pod in sorted(one.replicas):
+        for pod in sorted(one.replicas.keys() | one.refused.keys()):
             self._describe(reply.pods.add(pod=pod), pod)
         return reply
 
     def _describe(self, status: coordinator_pb2.PodStatus, pod: str) -> None:
-        one = self._coordinator.replicas[pod]
+        one = self._coordinator.replicas.get(pod) or Replica(
+            self._coordinator.refused[pod], answers=True
+        )
         want = self._coordinator.wanted.get(pod)
         status.pool = pod.rpartition("-")[0]
         status.state = one.state
