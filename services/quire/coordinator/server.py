@@ -123,12 +123,14 @@ class _Ending:
         """Return when it shall end."""
         parent = asyncio.ensure_future(self._ended())
         asked = asyncio.ensure_future(self._event.wait())
-        await asyncio.wait((parent, asked), return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait((parent, asked), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in (parent, asked):
+                one.cancel()
         if parent.done():
             parent.result()
             self.with_fleet = self._ends_with_fleet
-        for one in (parent, asked):
-            one.cancel()
 
 
 async def _run(
