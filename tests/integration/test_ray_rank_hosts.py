@@ -15,7 +15,7 @@ import pytest
 from http_load import Load
 from parallel_models import SHARED
 from ray_fleet import ENGINE, fleet_file, gateway, pool, running_fleet
-from ray_hosts import can_make_namespaces, command_line, resident_bytes, wait_until
+from ray_hosts import can_make_namespaces, command_line, ray, resident_bytes, wait_until
 from server import running_server
 from tiny_models import TINY, build
 
@@ -42,8 +42,11 @@ def four_heads(tmp_path_factory):
 def fleet(tmp_path_factory, four_heads):
     engine = {"tensor_parallel_size": 2, "dtype": "float32"}
     content = fleet_file(pool("wide", 1, cpus=2), pool("whole", 0, cpus=2), engine=engine)
+    # found too small once the ranks have loaded, on whichever hosts they are
+    small = {"engine": {"kv_cache_memory_bytes": 4096}, "node_label": "quire.pool=four"}
+    refused = pool("small", 0, cpus=4, **small)
     four = {"model": "/tmp/model", "tensor_parallel_size": 4, "dtype": "float32"}
-    pools = [pool("four", 0, cpus=4)]
+    pools = [pool("four", 0, cpus=4), refused]
     content["models"].append({"name": "four", "engine": ENGINE | four, "pools": pools})
     base = tmp_path_factory.mktemp("hosts")
 
@@ -156,8 +159,8 @@ def test_four_ranks_on_two_hosts_give_the_tokens_of_one_process(fleet, four_head
     pair = [host for name, host in fleet.hosts.items() if name.startswith("four")]
     assert sorted(len(host.pids(RANK)) for host in pair) == [1, 2]
     print(f"start {pod.startup_s:.1f} s, both hosts {pod.resident_bytes / 1e6:.0f} MB")
-    named = ("--served-model-name", "demo")
-    alone = ("--tokenizer", "demo", "--dtype", "float32", "--max-model-len", "512", *named)
+    named = ("--served-model-name", "demo", "--tokenizer", "demo")
+    alone = ("--dtype", "float32", "--max-model-len", "512", *named)
     with (
         gateway(fleet.address, "--fleet-model", "four", *named) as url,
         running_server(str(four_heads), *alone) as server,
@@ -166,6 +169,25 @@ def test_four_ranks_on_two_hosts_give_the_tokens_of_one_process(fleet, four_head
         texts = [one.stream(seed) for seed in range(5)]
         assert len(set(texts)) == 5
         assert [Load(url).stream(seed) for seed in range(5)] == texts
+
+
+def test_a_refused_replica_holds_no_place_on_any_host(fleet) -> None:
+    fleet.ask("scale", {"four": 0, "wide": 0, "whole": 0, "small": 1})
+    wait_until(lambda: has_places(fleet), 60, "it is placed")
+    wait_until(lambda: fleet.pods()["small-0"].state == "refused", 120, "it is refused")
+    pod = fleet.pods()["small-0"]
+    assert "--kv-cache-memory-bytes" in pod.reason
+    assert (pod.pid, pod.address, pod.restarts) == (0, "", 0)
+    wait_until(lambda: not has_places(fleet), 60, "its places are given back")
+    assert [host.pids("quire-0/test/small") for host in fleet.hosts.values()] == [[]] * 7
+    print(f"refused: {pod.reason}")
+
+
+def has_places(fleet) -> bool:
+    """Ray keeps resources for a replica."""
+    status = ray(fleet.hosts["ctl"], "status")
+    assert "CPU" in status, status
+    return "reserved in placement groups" in status
 
 
 def report(what: str, took_s: float, load: Load) -> None:
