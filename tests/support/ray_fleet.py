@@ -166,12 +166,12 @@ def running_fleet(
 
 
 @contextlib.contextmanager
-def gateway(coordinator: str):
+def gateway(coordinator: str, *more: str):
     """`quire gateway` that follows a coordinator; yields its URL."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    flags = ["--port", str(port), "--coordinator", coordinator, "--worker-wait", "120"]
+    flags = ["--port", str(port), "--coordinator", coordinator, "--worker-wait", "120", *more]
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "quire", "gateway", *flags],
         env=os.environ | {"QUIRE_CLUSTER_TOKEN": TOKEN},

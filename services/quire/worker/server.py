@@ -120,6 +120,8 @@ async def serve(options: WorkerOptions) -> int:
     finally:
         if status is not None:
             status.cancel()
+        service.end()
+        health.end()
         await server.stop(grace=FLUSH_S)
 
 
