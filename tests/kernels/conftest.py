@@ -81,3 +81,12 @@ def cpu_samplers() -> list[CpuSampler]:
     except cpu.CpuKernelsUnavailable as error:
         pytest.skip(str(error))
     return [CpuSampler(cpu.Team(threads)) for threads in (1, 2, 5)]
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """The truths are small: more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -4,7 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from transfers import LAYOUT, config
+from transfers import LAYOUT, Quiet, config
 
 from quire.transfer.base import Node
 from quire.transfer.frames import (
@@ -19,7 +19,7 @@ from quire.transfer.frames import (
     unpack,
 )
 from quire.transfer.intake import Intake
-from quire.transfer.layout import FRAME_BYTES, Shard, block_bytes
+from quire.transfer.layout import Shard, block_bytes
 from quire.transfer.link import LinkState
 from quire.transfer.memory import HostMemory
 from quire.transfer.negotiate import Identity
@@ -29,18 +29,6 @@ from quire.transfer.state import Delivered, TransferRef
 
 SIZE = block_bytes(LAYOUT, Shard())
 REF = TransferRef(7, 1, 5)
-
-
-class Quiet:
-    """A channel to nobody."""
-
-    frame_bytes = FRAME_BYTES
-
-    def start(self, intake, closed):
-        pass
-
-    def close(self):
-        pass
 
 
 class Side:
