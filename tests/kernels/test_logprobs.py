@@ -44,7 +44,8 @@ def test_logprobs_are_the_log_softmax(vocabulary, logprobs) -> None:
 
 
 def test_logprobs_of_no_top_tokens_have_no_columns(logprobs) -> None:
-    _, ranks, top_ids, top = logprobs(np.zeros((1, 9), np.float32), np.zeros(1, int), [3], 0)
+    logits = np.zeros((1, 9), np.float32)
+    _, ranks, top_ids, top = logprobs(logits, np.zeros(1, int), np.array([3]), 0)
     assert ranks.tolist() == [4]
     assert top_ids.shape == top.shape == (1, 0)
 
