@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 
 import pytest
 
@@ -18,6 +21,22 @@ def fleet(*pools: dict, **engine: object):
 async def test_the_pool_and_the_degrees_that_work_are_named():
     with pytest.raises(ValueError, match=r"pool p1: tensor_parallel_size=4 .* 1, 2, 6 ranks"):
         await check_splits(fleet({"tensor-parallel-size": 2}, {"tensor-parallel-size": 4}))
+
+
+def test_quire_up_says_it_in_one_line_and_starts_no_ray(tmp_path):
+    pools = [{"name": "wide", "engine": {"tensor-parallel-size": 4}}]
+    content = {
+        "listen": f"unix:{tmp_path}/c.sock", "state_dir": str(tmp_path / "state"),
+        "models": [{"name": "m", "pools": pools}],
+    }  # fmt: skip
+    (tmp_path / "fleet.yaml").write_text(json.dumps(content))
+    words = ["-m", "quire", "up", "-f", str(tmp_path / "fleet.yaml")]
+    done = subprocess.run(
+        [sys.executable, "-P", *words], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("quire: error: pool wide: tensor_parallel_size=4 does not fit")
 
 
 async def test_what_can_be_split_is_accepted():
