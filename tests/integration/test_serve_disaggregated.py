@@ -63,7 +63,7 @@ def test_prompts_are_computed_by_the_prefill_worker_and_answers_are_the_same(ser
 
 def test_a_cache_salt_hides_the_prefix_on_both_workers(server) -> None:
     """The prefill worker computes a prompt once for each salt, whatever the decode workers hold."""
-    wait_for_roles(server)
+    wait_for_roles(server, 3)
     prompt = "# salted\n" + PROMPT
     num_tokens, steps, texts = 0, [], set()
     for salt in ("a", "a", "b", "b"):
