@@ -230,15 +230,6 @@ class Op(ctypes.Structure):
         return op
 
 
-def norm_into(op: Op, matrix: Matrix) -> RmsNormArgs | None:
-    """The arguments of an operation that is a norm with `matrix` for its result."""
-    code = OP_CODES[RmsNormArgs]
-    if op.code != code:
-        return None
-    args: RmsNormArgs = getattr(op.args, f"args{code}")
-    return args if args.out.data == matrix.data else None
-
-
 class CacheArgs(ctypes.Structure):
     """Cache of csrc/cpu/kernels.h."""
 
@@ -301,6 +292,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "quire_isa": (ctypes.c_char_p, []),
     "quire_team_create": (c_void_p, [c_int32, c_int32]),
     "quire_team_destroy": (None, [c_void_p]),
+    "quire_team_rouse": (None, [c_void_p]),
     "quire_alloc": (c_void_p, [c_int64]),
     "quire_free": (None, [c_void_p, c_int64]),
     "quire_copy_blocks": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_int64]),
@@ -373,40 +365,3 @@ class Team:
         self.num_threads = num_threads or len(os.sched_getaffinity(0))
         self.handle: int = library.quire_team_create(self.num_threads, pin)
         weakref.finalize(self, library.quire_team_destroy, self.handle)
-
-
-def huge_array(num_bytes: int) -> np.ndarray:
-    """Zeroed uint8 [num_bytes] on huge pages that appear when first touched.
-
-    Unmapped when the array and all its views are gone. Raises MemoryError.
-    """
-    library = load()
-    num_bytes = max(num_bytes, 1)
-    address = library.quire_alloc(num_bytes)
-    if address is None:
-        raise MemoryError(f"cannot map {num_bytes} bytes")
-    span = (ctypes.c_uint8 * num_bytes).from_address(address)
-    finalizer = weakref.finalize(span, library.quire_free, address, num_bytes)
-    finalizer.atexit = False  # the process gives it back anyway, and threads may still read
-    array: np.ndarray = np.ctypeslib.as_array(span)
-    return array
-
-
-class Arena:
-    """Memory handed out piece by piece from large spans, so that small pieces share huge pages."""
-
-    CHUNK = 32 << 20
-
-    def __init__(self) -> None:
-        self._free = np.empty(0, np.uint8)
-        self.used = 0
-        """Bytes handed out."""
-
-    def take(self, num_bytes: int) -> np.ndarray:
-        """Zeroed uint8 [num_bytes], aligned to 64 bytes. Raises MemoryError."""
-        size = -(-num_bytes // 64) * 64
-        if size > len(self._free):
-            self._free = huge_array(max(size, self.CHUNK))
-        piece, self._free = self._free[:num_bytes], self._free[size:]
-        self.used += size
-        return piece

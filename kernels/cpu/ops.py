@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from quire.kernels.cpu import library as lib
 from quire.kernels.cpu.exchange import Exchange
+from quire.kernels.cpu.memory import huge_array
 from quire.kernels.cpu.packing import PackedLinear, PackedTable, Packer, floats
 from quire.kernels.cpu.program import (
     ACTIVATION_DTYPES,
@@ -30,7 +31,7 @@ from quire.kernels.cpu.program import (
     StepLimits,
     Target,
 )
-from quire.kernels.cpu.quantized import PackedQuantized
+from quire.kernels.cpu.quantized import PackedQuantized, norm_into
 from quire.kernels.group import ALONE
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def alloc_pool(layout: KvLayout, num_blocks: int) -> np.ndarray:
     Raises MemoryError, or ValueError for a layout that the kernels do not read.
     """
     check_layout(layout)
-    return lib.huge_array(num_blocks * layout.block_bytes).reshape(num_blocks, layout.block_bytes)
+    return huge_array(num_blocks * layout.block_bytes).reshape(num_blocks, layout.block_bytes)
 
 
 class CpuOps(Packer):
@@ -309,7 +310,7 @@ class CpuOps(Packer):
         out = self._buffers.take(x.domain, w.fixed_columns, "int16")
         order = None if w.order is None else self._address(w.order)
         args = lib.FixedPointArgs(x.matrix, out.matrix, order, w.k, w.block)
-        norm = lib.norm_into(self._recorded[-1], x.matrix) if self._recorded else None
+        norm = norm_into(self._recorded[-1], x.matrix) if self._recorded else None
         if norm is None:
             self._record(args, x.domain)
         else:  # the two in one pass over the rows

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from quire.kernels.cpu import library as lib
+from quire.kernels.cpu.memory import Arena
 from quire.kernels.cpu.quantized import PackedQuantized, layout_of, order_of, packed_bytes
 from quire.kernels.group import part_of
 from quire.kernels.quantized import split_kinds, stack
@@ -60,7 +61,7 @@ class Packer:
     def __init__(self, dtype: str, team: lib.Team, group: Group) -> None:
         self._library = lib.load()
         self._dtype, self._team, self._group = dtype, team, group
-        self._weights = lib.Arena()
+        self._weights = Arena()
 
     def pack_linear(
         self, weights: Sequence[Matrix], bias: Sequence[torch.Tensor | None] = ()

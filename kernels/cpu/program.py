@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quire.kernels.cpu import library as lib
+from quire.kernels.cpu.memory import Arena
 from quire.kernels.cpu.pointers import address
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class BufferPool:
         # Matmuls read rows in blocks of 32; what the rows past the end hold does not matter.
         self._rows = rows
         self._allocated_rows = tuple(-(-count // 32) * 32 for count in rows)
-        self._arena = lib.Arena()
+        self._arena = Arena()
         self._free: dict[tuple[int, int, str, bool], list[np.ndarray]] = {}
 
     @property
@@ -186,6 +187,8 @@ class Program:
         For logits that is float32 [R, V]. Raises ValueError, before anything ran, for inputs
         beyond the limits or that contradict one another.
         """
+        # the threads slept between steps: they wake while the arguments are put together
+        self._library.quire_team_rouse(self._target.team.handle)
         rows = {TOKENS: len(inputs.token_ids), LOGIT_ROWS: len(inputs.logit_rows)}
         result = self._result.array[: rows[self._result.domain]]
         args, _flat = _step_args(inputs)

@@ -118,3 +118,12 @@ def order_of(weight: QuantizedWeight) -> np.ndarray | None:
         return None
     order: np.ndarray = weight.order.numpy().astype(np.int32)
     return order
+
+
+def norm_into(op: lib.Op, matrix: lib.Matrix) -> lib.RmsNormArgs | None:
+    """The arguments of an operation that is a norm with `matrix` for its result."""
+    code = lib.OP_CODES[lib.RmsNormArgs]
+    if op.code != code:
+        return None
+    args: lib.RmsNormArgs = getattr(op.args, f"args{code}")
+    return args if args.out.data == matrix.data else None

@@ -16,9 +16,10 @@ import httpx2
 import pytest
 from local_pods import LocalPod, LocalRelease
 from manifests import EXAMPLES, RELEASE, render
+from waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 
 LEADER, FOLLOWER = f"{RELEASE}-quire-unified-0", f"{RELEASE}-quire-unified-0-1"
@@ -98,14 +99,6 @@ def test_prompts_move_from_the_prefill_pod_to_decode_pods(release) -> None:
     Stream(release, 20).start().finish()
     moved = 'quire_prompt_tokens_by_source_total{.*source="external_kv_transfer".*}'
     wait_until(lambda: sum(metric(release, pod, moved) for pod in release.of("decode")) > 64)
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    """A client may have its last token before its worker has counted it. Raises AssertionError."""
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_who_does_not_know_the_token_gets_no_metrics(release) -> None:

@@ -10,10 +10,10 @@ import json
 import os
 import random
 import signal
-import time
 
 import pytest
 from server import running_server
+from waiting import wait_until
 
 FLEETS = {
     "equal": ("--replicas", "2"),
@@ -23,7 +23,6 @@ FLAGS = (
     "--max-model-len", "512", "--kv-cache-memory-bytes", "32M",
     "--worker-silence", "1.5", "--num-threads", "1",
 )  # fmt: skip
-SETTLE_S = 20
 RNG_SEED = 11
 
 
@@ -32,13 +31,6 @@ def server(request):
     with running_server(*FLAGS, *FLEETS[request.param]) as server:
         wait_until(lambda: server.metric("quire_gateway_worker_up") == 2, "both workers are ready")
         yield server
-
-
-def wait_until(condition, what: str, seconds: float = SETTLE_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"did not happen: {what}"
-        time.sleep(0.1)
 
 
 def request_body(number: int) -> dict:

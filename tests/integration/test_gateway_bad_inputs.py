@@ -143,7 +143,9 @@ CHAT_ROWS = [
     ("B102", {"kv_transfer_params": {"remote_host": "10.0.0.1"}}, "unsupported_parameter",
      "kv_transfer_params"),
     ("B102 rank", {"data_parallel_rank": 3}, "unsupported_parameter", "data_parallel_rank"),
-    ("cache_salt", {"cache_salt": "mine"}, "unsupported_parameter", "cache_salt"),
+    ("cache_salt", {"cache_salt": ""}, "invalid_value", "cache_salt"),
+    ("cache_salt long", {"cache_salt": "x" * 257}, "string_above_max_length", "cache_salt"),
+    ("cache_salt half", {"cache_salt": "\ud800"}, "invalid_value", "cache_salt"),
     ("B103", {"priority": 2**70}, "integer_above_max_value", "priority"),
     ("B104", {"request_id": "a\nb"}, "invalid_value", "request_id"),
     ("B118", {"messages": [{**USER, "name": "x" * 1_000_000}]}, "string_above_max_length",
@@ -186,6 +188,7 @@ COMPLETION_ROWS = [
     ("best_of", {"best_of": 4}, "unsupported_parameter", "best_of"),
     ("B29", {"max_tokens": 3000}, "context_length_exceeded", "prompt"),
     ("B86", {"guided_grammar": "a ::= a"}, "unsupported_parameter", "guided_grammar"),
+    ("cache_salt", {"cache_salt": 7}, "invalid_type", "cache_salt"),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -301,6 +302,20 @@ def test_each_key_has_its_own_prefix_cache(tokenizer):
         first, second, third = (submit.cache_salt for submit in server.worker.submitted)
         assert first == third != second
         assert len(first) == 16
+
+
+def test_a_cache_salt_divides_the_prefix_cache_of_its_key(tokenizer):
+    asked = [(key, salt) for key in ("one", "two") for salt in (None, "a", "a", "b")]
+    with gateway(tokenizer, speak([5]), api_key=("one", "two")) as server:
+        for i, (key, salt) in enumerate(asked):
+            body = {"cache_salt": salt, "messages": [{"role": "user", "content": "x"}]}
+            path = "/v1/chat/completions"
+            if i % 2:
+                path, body = "/v1/completions", {"cache_salt": salt, "prompt": "x"}
+            assert server.post(path, body, authorization=f"Bearer {key}").status == 200
+        salts = [submit.cache_salt for submit in server.worker.submitted]
+        pairs = itertools.combinations(range(len(asked)), 2)
+        assert all((salts[i] == salts[j]) == (asked[i] == asked[j]) for i, j in pairs)
 
 
 def test_root_path_of_a_proxy(tokenizer):

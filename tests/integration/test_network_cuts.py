@@ -16,7 +16,8 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from network import network
 from server import Server
-from test_continuation import all_texts, wait_until
+from test_continuation import all_texts
+from waiting import wait_until
 
 pytestmark = pytest.mark.slow
 

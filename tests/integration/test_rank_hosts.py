@@ -6,6 +6,7 @@ networks of their own are in `test_ray_rank_hosts`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,13 +25,15 @@ from test_parity import LENGTHS, generate, load, prompt, request
 from test_tensor_parallel import ENDED_S, GQA, Deaf, wait_gone
 from tiny_models import build
 
+from quire.cluster.tls import tls_context
 from quire.config.cluster import ClusterConfig
 from quire.config.engine import EngineConfig
 from quire.config.transfer import TransferConfig
 from quire.coordinator import files
 from quire.engine.engine import Engine
 from quire.engine.loop import EngineLoop
-from quire.engine.parallel import node
+from quire.engine.parallel import gathering, greeting, node
+from quire.engine.parallel.channel import Channel, Kind
 from quire.engine.parallel.gang import RankFailed
 from quire.engine.parallel.kv import GangRanks
 from quire.engine.parallel.spread import Spread
@@ -225,6 +229,57 @@ def test_a_host_that_still_waits_ends_at_once(folder, cluster) -> None:
         assert "waits for rank 0" in host.process.stderr.readline()
         host.process.terminate()
         assert host.ended()[0] == node.ENDED
+
+
+def greeted_host(spread: Spread) -> Channel:
+    """A host that has introduced itself, and does nothing more."""
+    deadline = time.monotonic() + START_S
+    while not _listens(spread.port):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    sock = socket.create_connection((spread.host, spread.port))
+    channel = Channel.over(sock, tls_context(spread.cluster, server=False), is_dialler=True)
+    greeting.introduce(channel, TOKEN, node=1)
+    return channel
+
+
+def test_a_host_that_hangs_before_its_ranks_run_ends_all(folder, cluster, monkeypatch) -> None:
+    monkeypatch.setattr(gathering, "LOADING_SILENCE_S", 1.0)
+    spread = Spread(2, "127.0.0.1", free_port(), cluster)
+    config = EngineConfig(model=str(folder), tensor_parallel_size=2, **OPTIONS)
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(greeted_host, spread)
+        with pytest.raises(RankFailed, match=r"host 1 \(127.* has given no sign of life for 1 s"):
+            Engine.load(config, lambda _: None, spread)
+        hanging.result().close()
+
+
+def test_a_host_says_how_its_rank_ended_before_it_connected(folder, cluster) -> None:
+    spread = Spread(2, "127.0.0.1", free_port(), cluster)
+    config = EngineConfig(model=str(folder), tensor_parallel_size=2, **OPTIONS)
+
+    def lose_a_rank() -> None:
+        with contextlib.closing(greeted_host(spread)) as channel:
+            channel.send(Kind.BEAT)
+            channel.send_json(Kind.ENDED, {"rank": 1, "how": "was killed by SIGKILL"})
+
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(lose_a_rank)
+        with pytest.raises(RankFailed, match=r"host 1 .* says that rank 1 was killed by SIGKILL"):
+            Engine.load(config, lambda _: None, spread)
+        lost.result()
+
+
+def test_a_host_shows_that_it_lives_before_its_ranks_run(folder, cluster) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        spread = Spread(2, *listener.getsockname(), cluster)
+        with other_host(spread, folder) as host:
+            tls = tls_context(cluster, server=True)
+            channel = Channel.over(listener.accept()[0], tls, is_dialler=False)
+            assert greeting.receive(channel, lambda _: TOKEN) is not None
+            assert [channel.receive()[0] for _ in range(3)] == [Kind.BEAT] * 3
+            channel.close()
+            assert host.ended()[0] == node.LOST
 
 
 def test_another_token_is_refused_and_the_right_one_still_welcome(folder, cluster) -> None:

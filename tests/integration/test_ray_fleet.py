@@ -11,7 +11,8 @@ import time
 import pytest
 from http_load import Load
 from ray_fleet import fleet_file, gateway, pool, running_fleet
-from ray_hosts import can_make_namespaces, quire, wait_until
+from ray_hosts import can_make_namespaces, quire
+from waiting import wait_until
 
 from quire.coordinator.client import CoordinatorError
 
@@ -54,10 +55,10 @@ def test_a_killed_engine_costs_no_request_and_comes_back(fleet, url):
         before = fleet.pods()["decode-0"]
         host = next(h for h in fleet.hosts.values() if h.address == before.host)
         assert host.kill("/decode-0/options.json", "quire worker") == [before.pid]
-        wait_until(lambda: fleet.pods()["decode-0"].restarts == 1, 60, "the death noticed")
+        wait_until(lambda: fleet.pods()["decode-0"].restarts == 1, "the death noticed", 60)
         took = fleet.wait_ready("decode-0")
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+        wait_until(lambda: load.finished > finished + 3, "more answers", 60)
     after = fleet.pods()["decode-0"]
     assert (after.address, after.restarts) == (before.address, 1)
     assert load.failures == []
@@ -71,13 +72,13 @@ def test_engines_outlive_their_raylet_and_are_adopted(fleet, url):
     with Load(url) as load:
         began = time.monotonic()
         assert host.kill("raylet/raylet")
-        wait_until(lambda: fleet.pods()["decode-0"].state == "unreachable", 60, "loss noticed")
+        wait_until(lambda: fleet.pods()["decode-0"].state == "unreachable", "loss noticed", 60)
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+        wait_until(lambda: load.finished > finished + 3, "more answers", 60)
         assert before.pid in host.pids("quire worker")
         host.kill("ray start")
         fleet.start_raylets(**{host.name: 1})
-        wait_until(lambda: fleet.pods()["decode-0"].adopted, 120, "the adoption")
+        wait_until(lambda: fleet.pods()["decode-0"].adopted, "the adoption", 120)
         fleet.wait_ready("decode-0")
         took = time.monotonic() - began
     assert fleet.pods()["decode-0"].pid == before.pid
@@ -89,9 +90,9 @@ def test_a_killed_coordinator_finds_everything_again(fleet, url):
     before, epoch = fleet.pods(), fleet.status().term
     with Load(url) as load:
         assert fleet.hosts["ctl"].kill("quire up")
-        wait_until(lambda: fleet.status() is None, 30, "its death")
+        wait_until(lambda: fleet.status() is None, "its death", 30)
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 3, 60, "answers without a coordinator")
+        wait_until(lambda: load.finished > finished + 3, "answers without a coordinator", 60)
         fleet.up()
         took = fleet.wait_ready(*before)
     after = fleet.pods()
@@ -110,15 +111,15 @@ def test_a_killed_head_disturbs_no_stream(fleet, url):
         load.longest_gap_s = 0.0
         head.kill()
         head.wait(10)
-        wait_until(lambda: fleet.status().ray_problem, 60, "its death noticed")
+        wait_until(lambda: fleet.status().ray_problem, "its death noticed", 60)
         with pytest.raises(CoordinatorError, match="head does not answer"):
             fleet.ask("scale", {"decode": 3})
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 10, 120, "answers without a head")
+        wait_until(lambda: load.finished > finished + 10, "answers without a head", 120)
         gap = load.longest_gap_s
         began = time.monotonic()
         fleet.start_head()
-        wait_until(lambda: not fleet.status().ray_problem, 120, "the head found again")
+        wait_until(lambda: not fleet.status().ray_problem, "the head found again", 120)
         took = time.monotonic() - began
     after = fleet.pods()
     assert {n: p.pid for n, p in after.items()} == {n: p.pid for n, p in before.items()}
@@ -131,12 +132,12 @@ def test_more_replicas_under_load_without_a_failed_request(fleet, url):
     fleet.start_raylets(decode3=2)
     with Load(url) as load:
         fleet.ask("scale", {"decode": 1})
-        wait_until(lambda: "decode-1" not in fleet.pods(), 90, "one less")
+        wait_until(lambda: "decode-1" not in fleet.pods(), "one less", 90)
         assert fleet.wait_ready("decode-0", timeout_s=10) < 10
         fleet.ask("scale", {"decode": 4})
         took = fleet.wait_ready(*(f"decode-{i}" for i in range(4)))
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 5, 60, "more answers")
+        wait_until(lambda: load.finished > finished + 5, "more answers", 60)
     assert load.failures == []
     report("scaled from 1 to 4", took, load)
 
@@ -144,7 +145,7 @@ def test_more_replicas_under_load_without_a_failed_request(fleet, url):
 def test_a_pod_changes_its_role_without_a_restart(fleet, url):
     before = fleet.pods()["decode-3"]
     assert "decode-3: prefill" in quire(fleet.hosts["ctl"], "role", "decode-3", "prefill")
-    wait_until(lambda: fleet.pods()["decode-3"].role == "prefill", 10, "the role shown")
+    wait_until(lambda: fleet.pods()["decode-3"].role == "prefill", "the role shown", 10)
     after = fleet.pods()["decode-3"]
     assert (after.role, after.pid, after.restarts) == ("prefill", before.pid, before.restarts)
     assert Load(url).stream(1)

@@ -1,4 +1,5 @@
-"""A replica of two ranks on two hosts of a Ray cluster, beside one whose ranks share a host.
+"""A replica of two ranks on two hosts of a Ray cluster, beside one whose ranks share a host; then
+another model's, of four ranks on two hosts.
 
 Slow, needs root: `pytest -m slow -s tests/integration/test_ray_rank_hosts.py`
 prints times to recover. One cluster in the order below.
@@ -6,13 +7,18 @@ prints times to recover. One cluster in the order below.
 
 from __future__ import annotations
 
+import shutil
 import time
+from dataclasses import replace
 
 import pytest
 from http_load import Load
-from ray_fleet import fleet_file, gateway, pool, running_fleet
-from ray_hosts import can_make_namespaces, command_line, resident_bytes, wait_until
+from parallel_models import SHARED
+from ray_fleet import ENGINE, fleet_file, gateway, pool, running_fleet
+from ray_hosts import can_make_namespaces, command_line, ray, resident_bytes
 from server import running_server
+from tiny_models import TINY, build
+from waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,22 +26,44 @@ pytestmark = [
     pytest.mark.skipif(not can_make_namespaces(), reason="needs root and network namespaces"),
 ]
 
+IDS = [tiny.name for tiny in TINY]
 RANK, NODE = "parallel.rank", "quire worker --config"
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
+def four_heads(tmp_path_factory):
+    """A model that four ranks can share; with the words of the demo model's."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny = SHARED[IDS.index("llama-gqa3")]
+    build(replace(tiny, config=tiny.config | {"vocab_size": 8192}), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory, four_heads):
     engine = {"tensor_parallel_size": 2, "dtype": "float32"}
     content = fleet_file(pool("wide", 1, cpus=2), pool("whole", 0, cpus=2), engine=engine)
+    # found too small once the ranks have loaded, on whichever hosts they are
+    small = {"engine": {"kv_cache_memory_bytes": 4096}, "node_label": "quire.pool=four"}
+    refused = pool("small", 0, cpus=4, **small)
+    four = {"model": "/tmp/model", "tensor_parallel_size": 4, "dtype": "float32"}
+    pools = [pool("four", 0, cpus=4), refused]
+    content["models"].append({"name": "four", "engine": ENGINE | four, "pools": pools})
     base = tmp_path_factory.mktemp("hosts")
-    with running_fleet(base, content, wide1=1, wide2=1, whole1=2) as fleet:
+
+    def copy_model(hosts) -> None:
+        for host in hosts.values():
+            shutil.copytree(four_heads, host.folder / "model")
+
+    cpus = {"wide1": 1, "wide2": 1, "whole1": 2, "four1": 2, "four2": 2}
+    with running_fleet(base, content, before=copy_model, **cpus) as fleet:
         print(f"one replica of two hosts ready after {fleet.wait_ready('wide-0'):.1f} s")
         yield fleet
 
 
 @pytest.fixture(scope="module")
 def url(fleet):
-    with gateway(fleet.address) as url:
+    with gateway(fleet.address, "--fleet-model", "demo") as url:
         yield url
 
 
@@ -75,10 +103,10 @@ def test_a_killed_rank_of_another_host_costs_no_request(both, url) -> None:
     before = both.pods()["wide-0"]
     with Load(url) as load:
         [rank] = second.kill(RANK)
-        wait_until(lambda: both.pods()["wide-0"].restarts > before.restarts, 60, "death noticed")
+        wait_until(lambda: both.pods()["wide-0"].restarts > before.restarts, "death noticed", 60)
         took = both.wait_ready("wide-0")
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+        wait_until(lambda: load.finished > finished + 3, "more answers", 60)
     assert second.pids(RANK) != [rank]
     assert both.pods()["wide-0"].address == before.address
     assert load.failures == []
@@ -92,13 +120,13 @@ def test_a_killed_raylet_of_the_other_host_disturbs_nothing(both, url) -> None:
         began = time.monotonic()
         assert second.kill("raylet/raylet")
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 10, 90, "answers without the raylet")
+        wait_until(lambda: load.finished > finished + 10, "answers without the raylet", 90)
         second.kill("ray start")
         both.start_raylets(**{second.name: 1})
-        wait_until(lambda: second.pids("CompanionActor"), 120, "its supervisor started again")
+        wait_until(lambda: second.pids("CompanionActor"), "its supervisor started again", 120)
         took = time.monotonic() - began
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+        wait_until(lambda: load.finished > finished + 3, "more answers", 60)
     after = both.pods()["wide-0"]
     assert second.pids(RANK) == [rank]
     assert (after.pid, after.restarts, after.state) == (before.pid, before.restarts, "ready")
@@ -113,16 +141,54 @@ def test_a_lost_host_costs_no_request(both, url, number) -> None:
         began = time.monotonic()
         lost.kill("")
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 5, 90, "answers without it")
-        wait_until(lambda: both.pods()["wide-0"].state != "ready", 60, "loss noticed")
+        wait_until(lambda: load.finished > finished + 5, "answers without it", 90)
+        wait_until(lambda: both.pods()["wide-0"].state != "ready", "loss noticed", 60)
         both.start_raylets(**{lost.name: 1})
         both.wait_ready("wide-0", "whole-0")
         took = time.monotonic() - began
         finished = load.finished
-        wait_until(lambda: load.finished > finished + 3, 60, "more answers")
+        wait_until(lambda: load.finished > finished + 3, "more answers", 60)
     assert lost.pids(RANK) or hosts_of(both)[0] is lost
     assert load.failures == []
     report(f"all of the host of rank {number} killed, its raylet started again", took, load)
+
+
+def test_four_ranks_on_two_hosts_give_the_tokens_of_one_process(fleet, four_heads) -> None:
+    fleet.ask("scale", {"wide": 0, "whole": 0, "four": 1})
+    print(f"four ranks on two hosts ready after {fleet.wait_ready('four-0'):.1f} s")
+    pod = fleet.pods()["four-0"]
+    pair = [host for name, host in fleet.hosts.items() if name.startswith("four")]
+    assert sorted(len(host.pids(RANK)) for host in pair) == [1, 2]
+    print(f"start {pod.startup_s:.1f} s, both hosts {pod.resident_bytes / 1e6:.0f} MB")
+    named = ("--served-model-name", "demo", "--tokenizer", "demo")
+    alone = ("--dtype", "float32", "--max-model-len", "512", *named)
+    with (
+        gateway(fleet.address, "--fleet-model", "four", *named) as url,
+        running_server(str(four_heads), *alone) as server,
+    ):
+        one = Load(f"http://127.0.0.1:{server.port}")
+        texts = [one.stream(seed) for seed in range(5)]
+        assert len(set(texts)) == 5
+        assert [Load(url).stream(seed) for seed in range(5)] == texts
+
+
+def test_a_refused_replica_holds_no_place_on_any_host(fleet) -> None:
+    fleet.ask("scale", {"four": 0, "wide": 0, "whole": 0, "small": 1})
+    wait_until(lambda: has_places(fleet), 60, "it is placed")
+    wait_until(lambda: fleet.pods()["small-0"].state == "refused", 120, "it is refused")
+    pod = fleet.pods()["small-0"]
+    assert "--kv-cache-memory-bytes" in pod.reason
+    assert (pod.pid, pod.address, pod.restarts) == (0, "", 0)
+    wait_until(lambda: not has_places(fleet), 60, "its places are given back")
+    assert [host.pids("quire-0/test/small") for host in fleet.hosts.values()] == [[]] * 7
+    print(f"refused: {pod.reason}")
+
+
+def has_places(fleet) -> bool:
+    """Ray keeps resources for a replica."""
+    status = ray(fleet.hosts["ctl"], "status")
+    assert "CPU" in status, status
+    return "reserved in placement groups" in status
 
 
 def report(what: str, took_s: float, load: Load) -> None:

@@ -8,7 +8,8 @@ import time
 import pytest
 from http_load import Load
 from ray_fleet import fleet_file, gateway, pool, running_fleet
-from ray_hosts import can_make_namespaces, wait_until
+from ray_hosts import can_make_namespaces
+from waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,10 +33,10 @@ def test_the_fleet_is_found_again_by_a_head_with_redis(tmp_path):
             head = fleet.hosts["head"].processes[-1]
             head.kill()
             head.wait(10)
-            wait_until(lambda: fleet.status().ray_problem, 60, "its death noticed")
+            wait_until(lambda: fleet.status().ray_problem, "its death noticed", 60)
             began = time.monotonic()
             fleet.start_head()
-            wait_until(lambda: not fleet.status().ray_problem, 120, "the head found again")
+            wait_until(lambda: not fleet.status().ray_problem, "the head found again", 120)
             took = time.monotonic() - began
             fleet.ask("scale", {"both": 2})
             fleet.wait_ready("both-0", "both-1")

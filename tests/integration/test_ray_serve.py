@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from server import running_server
+from waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 FLAGS = ("--ray", "--replicas", "2", "--num-threads", "1", "--kv-cache-memory-bytes", "32M")
@@ -28,13 +28,6 @@ def processes(*words: str) -> list[int]:
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 found += [int(entry.name)] * all(word in line for word in words)
     return found
-
-
-def wait_until(true, timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_a_killed_coordinator_is_not_noticed_and_everything_ends_with_the_server():
@@ -56,4 +49,4 @@ def test_a_killed_coordinator_is_not_noticed_and_everything_ends_with_the_server
         wait_until(lambda: len(processes("quire.coordinator.keeper", fleet)) == 2)
         assert processes("quire worker", fleet) == engines
         assert server.post("/v1/completions", BODY)["choices"][0]["text"] == want
-    wait_until(lambda: not processes("quire worker", fleet), 60)
+    wait_until(lambda: not processes("quire worker", fleet), "they end", 60)

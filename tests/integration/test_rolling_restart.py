@@ -17,7 +17,8 @@ import grpc
 import pytest
 from hang import busiest_thread, hung
 from server import running_server
-from test_continuation import request_body, resubmissions, texts_of, wait_until
+from test_continuation import request_body, resubmissions, texts_of
+from waiting import wait_until
 
 from quire.proto import worker_pb2
 from quire.proto.worker_pb2_grpc import WorkerStub

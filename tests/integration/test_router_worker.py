@@ -10,6 +10,7 @@ import grpc
 import pytest
 from engines import make_engine
 from prometheus_client.registry import CollectorRegistry
+from waiting import until
 
 from quire.api import block_hash
 from quire.config.router import RouterConfig
@@ -74,12 +75,6 @@ async def complete(address: str) -> int:
                 if output.finish_reason:
                     call.cancel()
                     return cached
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("part_blocks", [4096, 2], ids=["one message", "snapshots in parts"])

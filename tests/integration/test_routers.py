@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from server import running_server
+from waiting import wait_until
 
 FLAGS = (
     "--prefill", "1", "--decode", "2", "--routers", "2", "--max-model-len", "512",
     "--kv-cache-memory-bytes", "32M", "--num-threads", "1",
 )  # fmt: skip
-SETTLE_S = 30
 PRIOR_RATE = 8000.0
 """Prompt tokens per second of a worker that has not reported any."""
 
@@ -30,13 +30,6 @@ def server():
         wait_until(lambda: is_routed(server), "a router decides")
         wait_until(lambda: is_measured(server), "every worker's rate is known")
         yield server
-
-
-def wait_until(condition, what: str, seconds: float = SETTLE_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"did not happen: {what}"
-        time.sleep(0.1)
 
 
 def complete(server, prompt: str, **fields) -> dict:
@@ -88,6 +81,20 @@ def test_requests_go_where_their_prefix_is(server):
             if turn:
                 cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
                 assert cached >= routing["expected_cached_tokens"] > 100
+
+
+def test_a_cache_salt_hides_the_prefix_from_routers_and_workers_alike(server):
+    """What routers expect is what workers find: nothing under another salt, all under the same."""
+    prompt = "# salted\n" + "import re\n" * 90
+    found = []
+    for salt in (None, "a", "b", None, "b"):
+        answer = complete(server, prompt, cache_salt=salt)
+        [shown] = trace(server, answer)["prompts"]
+        expected = shown["routing"][0]["expected_cached_tokens"]
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        found.append((expected > 100, cached > 100))
+        assert (expected == 0) == (cached == 0)
+    assert found == [(False, False)] * 3 + [(True, True)] * 2
 
 
 def test_the_scores_say_why(server):

@@ -21,17 +21,17 @@ def server():
     flags += ("--routing-policy", "least_load")
     patient = ("--kv-heartbeat-s", "5", "--kv-lease-s", "60", "--kv-cache-memory-bytes", "32M")
     with running_server(*flags, *patient) as server:
-        wait_for_roles(server)
+        wait_for_roles(server, 3)
         yield server
 
 
-def wait_for_roles(server) -> None:
+def wait_for_roles(server, num_workers: int) -> None:
     """Until all workers are there, and the router sends prompts to the prefill worker: what is for
     what comes with the first load reports."""
     deadline, in_a_row = time.monotonic() + 60, 0
     while in_a_row < 8:
         assert time.monotonic() < deadline, "prompts do not go to the prefill worker"
-        is_complete = server.metric("quire_gateway_worker_up") == 3
+        is_complete = server.metric("quire_gateway_worker_up") == num_workers
         in_a_row = in_a_row + 1 if is_complete and goes_to_prefill_worker(server) else 0
 
 
@@ -53,12 +53,29 @@ def test_prompts_are_computed_by_the_prefill_worker_and_answers_are_the_same(ser
     [want] = LLM("demo", max_model_len=512).generate(PROMPT, params, use_tqdm=False)
     body = {"model": "demo", "prompt": PROMPT, "seed": 6, "max_tokens": 30, "n": 2}
     body |= {"temperature": 0.9, "top_p": 1}
-    wait_for_roles(server)  # anew, after the engine above has had the machine to itself
+    wait_for_roles(server, 3)  # anew, after the engine above has had the machine to itself
     before = computed(server, 1) + computed(server, 2)
     got = server.post("/v1/completions", body)
     assert [c["text"] for c in got["choices"]] == [c.text for c in want.outputs]
     answered = sum(len(c.token_ids) for c in want.outputs)
     assert computed(server, 1) + computed(server, 2) - before <= answered - 2
+
+
+def test_a_cache_salt_hides_the_prefix_on_both_workers(server) -> None:
+    """The prefill worker computes a prompt once for each salt, whatever the decode workers hold."""
+    wait_for_roles(server, 3)
+    prompt = "# salted\n" + PROMPT
+    num_tokens, steps, texts = 0, [], set()
+    for salt in ("a", "a", "b", "b"):
+        before = computed(server, 0)
+        body = {"model": "demo", "prompt": prompt, "max_tokens": 8, "temperature": 0}
+        answer = server.post("/v1/completions", body | {"cache_salt": salt})
+        texts.add(answer["choices"][0]["text"])
+        num_tokens = answer["usage"]["prompt_tokens"]
+        steps.append(computed(server, 0) - before)
+    assert steps[0] == steps[2] == num_tokens
+    assert max(steps[1], steps[3]) <= 16
+    assert len(texts) == 1
 
 
 def test_many_streams_at_once_leave_nothing_behind(server) -> None:

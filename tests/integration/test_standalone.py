@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import grpc
 import openai
 import pytest
+from waiting import wait_until
 
 from quire.cluster.rpc import Cluster
 from quire.config.cluster import ClusterConfig
@@ -64,13 +65,6 @@ def get(url: str, token: str | None = None) -> tuple[int, str]:
         return 0, ""
 
 
-def until(condition, what: str) -> None:
-    deadline = time.monotonic() + START_S
-    while not condition():
-        assert time.monotonic() < deadline, f"did not happen: {what}"
-        time.sleep(0.1)
-
-
 @dataclass
 class Pods:
     worker: str
@@ -106,8 +100,12 @@ def pods():
             "--kv-cache-memory-bytes", "16M", **secret,
         ),
     ):  # fmt: skip
-        until(lambda: get(f"{made.gateway}/readyz")[0] == 200, "the gateway is ready")
-        until(lambda: get(f"{made.router_http}/readyz")[0] == 200, "the router knows the worker")
+        wait_until(lambda: get(f"{made.gateway}/readyz")[0] == 200, "the gateway is ready", START_S)
+        wait_until(
+            lambda: get(f"{made.router_http}/readyz")[0] == 200,
+            "the router knows the worker",
+            START_S,
+        )
         yield made
 
 
@@ -123,7 +121,8 @@ def test_a_completion_goes_where_the_router_says(pods):
             return 'by="router"} 0' not in get(f"{pods.gateway}/metrics")[1]
 
         answers = []
-        until(routed, "the router was asked")  # which is once the gateway knows that it answers
+        # once the gateway knows that it answers
+        wait_until(routed, "the router was asked", START_S)
         routed()
     assert answers[-1].usage.prompt_tokens_details.cached_tokens > 0
     page = get(f"{pods.router_http}/metrics", TOKEN)[1]
@@ -169,7 +168,7 @@ def test_a_gateway_with_another_token_gets_nothing(pods):
     flags = ("--worker", pods.worker, "--port", str(port))
     with process("gateway", *flags, QUIRE_CLUSTER_TOKEN="wrong"):
         url = f"http://127.0.0.1:{port}"
-        until(lambda: get(f"{url}/livez")[0] == 200, "it listens")
+        wait_until(lambda: get(f"{url}/livez")[0] == 200, "it listens", START_S)
         time.sleep(1)
         assert get(f"{url}/readyz")[0] == 503
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from quire import demo
 from quire.coordinator import files
-from quire.coordinator.companion import Companion
+from quire.coordinator import supervisor as supervisor_module
+from quire.coordinator.companion import ASK_S, Companion
 from quire.coordinator.reconcile import State
-from quire.coordinator.supervisor import Assignment, StaleTerm, Supervisor
+from quire.coordinator.supervisor import Assignment, Report, StaleTerm, Supervisor
 
 LIMIT_S = 90
 
@@ -88,11 +90,36 @@ def test_an_engine_is_restarted_in_place_adopted_and_drained(own_folder):
     assert not files.identity(adopted.pid)
 
 
-def test_what_cannot_be_served_is_said(own_folder):
-    options = assignment().options | {"model": "/no/such/model"}
-    supervisor = Supervisor(assignment(options=options))
-    report = wait_for(supervisor, lambda r: r.state is State.FAILED)
-    assert "/no/such/model" in report.reason
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "/no/such/model"}, "no model folder at '/no/such/model'"),
+        ({"tensor_parallel_size": 4}, "tensor_parallel_size=4 does not fit this model"),
+        ({"max_model_len": "much"}, "max_model_len"),
+    ],
+)
+def test_what_cannot_be_served_is_said_and_not_tried_again(own_folder, options, words):
+    supervisor = Supervisor(assignment(options=assignment().options | options))
+    report = wait_for(supervisor, lambda r: r.state is State.REFUSED)
+    assert words in report.reason
+    assert "\n" not in report.reason
+    assert (report.pid, report.restarts) == (0, 0)
+    stop(supervisor)
+
+
+def test_what_has_served_before_is_tried_again(own_folder, monkeypatch):
+    """The file that it needs is away only now."""
+    monkeypatch.setattr(supervisor_module, "LONGEST_DELAY_S", 0.5)
+    model = own_folder / "model"
+    model.symlink_to(demo.path())
+    supervisor = Supervisor(assignment(options=assignment().options | {"model": str(model)}))
+    started = wait_for(supervisor, is_ready)
+    model.unlink()
+    os.kill(started.pid, signal.SIGKILL)
+    failed = wait_for(supervisor, lambda r: r.state is State.FAILED)
+    assert f"no model folder at '{model}'" in failed.reason
+    model.symlink_to(demo.path())
+    wait_for(supervisor, is_ready)
     stop(supervisor)
 
 
@@ -137,6 +164,27 @@ def test_the_ranks_of_two_hosts_are_started_again_as_one(own_folder):
     stop(first)
     stop(second)
     assert [files.identity(pid) for pid in pids] == [None] * 3
+
+
+def test_another_hosts_process_that_hangs_does_not_outlast_rank_0(own_folder):
+    """It waits for a rank 0 that does not listen, and is stopped; then rank 0 is another."""
+    one = assignment(options=assignment().options | {"tensor_parallel_size": 2}, nodes=2, node=1)
+    rank0 = Report(State.STARTING, "d", "both", master="127.0.0.1:1")
+    reports = [rank0]
+    companion = Companion(one, "127.0.0.1", lambda: reports[-1])
+    time.sleep(2 * ASK_S)
+    assert companion.report().pid == 0, "started before rank 0"
+    reports.append(replace(rank0, pid=7))
+    waiting = wait_for(companion, lambda r: r.state is State.READY)
+    os.kill(waiting.pid, signal.SIGSTOP)
+    reports.append(replace(rank0, pid=0))  # between two
+    time.sleep(2 * ASK_S)
+    assert companion.report().pid == waiting.pid
+    reports.append(replace(rank0, pid=8))
+    again = wait_for(companion, lambda r: r.state is State.READY and r.pid != waiting.pid)
+    assert files.identity(waiting.pid) is None
+    assert again.restarts == 1
+    stop(companion)
 
 
 @pytest.mark.slow

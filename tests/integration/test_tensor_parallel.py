@@ -306,12 +306,15 @@ LARGE = {
 
 def resident_after_load(folder: Path, degree: int) -> tuple[int, list[int]]:
     """Bytes that the weights take by count, and resident bytes of each rank's process, beyond what
-    they have without a model."""
+    they have without a model. Measured after a request: once a rank takes part in it, it has let go
+    of the checkpoint, which rank 0 does not wait for while it loads."""
     script = (
         "import json, os, sys\n"
         "from pathlib import Path\n"
+        "from quire.api.sampling import SamplingParams\n"
         "from quire.config.engine import EngineConfig\n"
         "from quire.engine.engine import Engine\n"
+        "from quire.engine.request import EngineRequest\n"
         "import quire.engine.parallel.gang\n"
         "def resident(pid):\n"
         "    page = os.sysconf('SC_PAGE_SIZE')\n"
@@ -321,6 +324,11 @@ def resident_after_load(folder: Path, degree: int) -> tuple[int, list[int]]:
         "    device='cpu', kv_cache_memory_bytes=16 << 20, max_num_batched_tokens=64,\n"
         "    max_num_seqs=4, num_threads=1)\n"
         "engine = Engine.load(config, lambda _: None)\n"
+        "params = SamplingParams(max_tokens=2)\n"
+        "entry = EngineRequest(request_id='r', prompt_token_ids=[1, 2, 3], params=params, seed=1)\n"
+        "engine.add_request(entry)\n"
+        "while engine.has_work:\n"
+        "    engine.step()\n"
         "pids = engine.model.gang.pids if engine.model.gang else ()\n"
         "sizes = [resident(pid) - before for pid in ('self', *pids)]\n"
         "print(json.dumps([engine.runner.backend.ops.memory.weights, sizes]))\n"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from server import running_server
-from test_continuation import all_texts, assert_nothing_is_left, resubmissions, wait_until
+from test_continuation import all_texts, assert_nothing_is_left, resubmissions
+from waiting import wait_until
 
 FLAGS = (
     "--replicas", "2", "-tp", "2", "--max-model-len", "512",

@@ -1,4 +1,4 @@
-"""Steps over a paged cache with histories, for every implementation of the operations."""
+"""Steps over a paged cache with histories, for every implementation of the operations; samplers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from quire.kernels import cpu
+from quire.kernels.cpu.sampler import CpuSampler
 from quire.kernels.ops import AttentionShape, Rope, StepInputs
 
 # Triton reads this once, when first imported. With a GPU its kernels run there instead.
@@ -69,3 +71,22 @@ def attention_shape() -> Callable[..., AttentionShape]:
         return AttentionShape(heads, kv_heads, head_dim, head_dim**-0.5, window)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def cpu_samplers() -> list[CpuSampler]:
+    """The compiled sampler with teams of 1, 2 and 5 threads."""
+    try:
+        cpu.load()
+    except cpu.CpuKernelsUnavailable as error:
+        pytest.skip(str(error))
+    return [CpuSampler(cpu.Team(threads)) for threads in (1, 2, 5)]
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """The truths are small: more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -12,27 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from cpu_kernels import cpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.kernels.layout import KvLayout
 from quire.kernels.ops import AttentionShape, Rope, StepInputs
 
-cpu = pytest.importorskip("quire.kernels.cpu")
-try:
-    cpu.load()
-except cpu.CpuKernelsUnavailable as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread():
-    """The truths are small: more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 DTYPES = ("float32", "bfloat16", "float16")
 VOCABULARY, HIDDEN, INTER, LAYERS = 83, 72, 100, 2

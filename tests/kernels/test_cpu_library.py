@@ -14,15 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cpu_kernels import cpu
 
 from quire.kernels.layout import KvLayout, KvOrder
 from quire.kernels.ops import AttentionShape, Rope, StepInputs
-
-cpu = pytest.importorskip("quire.kernels.cpu")
-try:
-    cpu.load()
-except cpu.CpuKernelsUnavailable as error:
-    pytest.skip(str(error), allow_module_level=True)
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

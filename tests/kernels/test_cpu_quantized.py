@@ -10,6 +10,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from cpu_kernels import cpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,12 +18,6 @@ from quire.kernels import reference
 from quire.kernels.layout import KvLayout
 from quire.kernels.ops import StepInputs
 from quire.kernels.quantized import QuantizedWeight, dequantize, quantize
-
-cpu = pytest.importorskip("quire.kernels.cpu")
-try:
-    cpu.load()
-except cpu.CpuKernelsUnavailable as error:
-    pytest.skip(str(error), allow_module_level=True)
 
 LIMITS = cpu.StepLimits(max_tokens=64, max_seqs=4, max_blocks_per_seq=8, max_logit_rows=64)
 

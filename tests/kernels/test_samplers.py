@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.kernels import cpu, torch_sampler
-from quire.kernels.cpu.sampler import CpuSampler
 from quire.kernels.sampling import DRAW_RULE, LogitEdits, SamplingBatch
 
 Sample = Callable[..., np.ndarray]
@@ -28,34 +27,11 @@ def torch_sample(logits: np.ndarray, batch: SamplingBatch, invalid=None) -> np.n
     return torch_sampler.sample(torch.from_numpy(logits), batch, flags).numpy()
 
 
-def torch_logprobs(logits: np.ndarray, *args: Any) -> list[np.ndarray]:
-    rows, ids, num_top = args
-    found = torch_sampler.logprobs(torch.from_numpy(logits), rows, torch.as_tensor(ids), num_top)
-    return [x.numpy() for x in found]
-
-
-@pytest.fixture(scope="module")
-def cpu_samplers() -> list[CpuSampler]:
-    """The compiled sampler with teams of 1, 2 and 5 threads."""
-    try:
-        cpu.load()
-    except cpu.CpuKernelsUnavailable as error:
-        pytest.skip(str(error))
-    return [CpuSampler(cpu.Team(threads)) for threads in (1, 2, 5)]
-
-
 @pytest.fixture(params=["torch", "cpu"])
 def sample(request) -> Sample:
     if request.param == "torch":
         return torch_sample
     return request.getfixturevalue("cpu_samplers")[0].sample
-
-
-@pytest.fixture(params=["torch", "cpu"])
-def logprobs(request) -> Callable[..., Any]:
-    if request.param == "torch":
-        return torch_logprobs
-    return request.getfixturevalue("cpu_samplers")[1].logprobs
 
 
 def make_batch(num_draws: int, **changes: Any) -> SamplingBatch:
@@ -467,41 +443,6 @@ def test_everything_banned_is_flagged(sample) -> None:
     assert tokens[0] == 0
 
 
-# --- log-probabilities ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("vocabulary", [5, 8200, 152_064])
-def test_logprobs_are_the_log_softmax(vocabulary, logprobs) -> None:
-    rng = np.random.default_rng(1)
-    logits = rng.normal(size=(3, vocabulary)).astype(np.float32) * 4
-    logits[1] = logits[1].round()
-    rows, ids = np.array([0, 1, 2, 1]), np.array([0, 1, 2, 4])
-    chosen, ranks, top_ids, top = logprobs(logits, rows, ids, 4)
-    exact = torch.from_numpy(logits).double().log_softmax(1).numpy()
-    np.testing.assert_allclose(chosen, exact[rows, ids], atol=1e-5)
-    for i, row in enumerate(rows):
-        order = np.lexsort((np.arange(vocabulary), -logits[row]))
-        assert order[ranks[i] - 1] == ids[i]
-        assert top_ids[i].tolist() == order[:4].tolist()
-        np.testing.assert_allclose(top[i], exact[row, order[:4]], atol=1e-5)
-
-
-def test_logprobs_of_no_top_tokens_have_no_columns(logprobs) -> None:
-    logits, token_ids = np.zeros((1, 9), np.float32), np.array([3])
-    _, ranks, top_ids, top = logprobs(logits, np.zeros(1, int), token_ids, 0)
-    assert ranks.tolist() == [4]
-    assert top_ids.shape == top.shape == (1, 0)
-
-
-def test_compiled_logprobs_do_not_depend_on_threads(cpu_samplers) -> None:
-    logits = np.random.default_rng(2).normal(size=(2, 100_000)).astype(np.float32)
-    rows, ids = np.array([1, 0]), np.array([5, 99_999])
-    results = [s.logprobs(logits, rows, ids, 20) for s in cpu_samplers]
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
 # --- the binding ----------------------------------------------------------------------------------
 
 
@@ -524,5 +465,3 @@ def test_what_would_be_read_out_of_bounds_is_refused(cpu_samplers) -> None:
     logits = np.zeros((2, 8), np.float32)
     with pytest.raises(IndexError):
         cpu_samplers[0].sample(logits, make_batch(1, rows=2))
-    with pytest.raises(IndexError):
-        cpu_samplers[0].logprobs(logits, np.zeros(1, np.int32), np.array([8]), 1)

@@ -25,6 +25,8 @@ class FakeRayCluster:
         self.terms: set[int] = set()
         self.absent: dict[str, list[str]] = {}
         """Path -> hosts without it."""
+        self.refusing: dict[str, str] = {}
+        """Pod -> why its engine cannot serve."""
         self.head_is_away = False
         self.log: list[tuple[str, str]] = []
         self.address = self.host = self.dashboard_url = ""
@@ -45,10 +47,12 @@ class FakeRayCluster:
         self._ask_head()
         self.log.append(("place", assignment.pod))
         number = next(_ports)
+        refusal = self.refusing.get(assignment.pod, "")
         self.reports[assignment.pod] = Report(
-            State.READY,
+            State.REFUSED if refusal else State.READY,
             assignment.digest,
             assignment.role,
+            refusal,
             address=f"10.0.0.1:{number}",
             host="10.0.0.1",
             pid=number,

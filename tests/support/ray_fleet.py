@@ -22,9 +22,9 @@ from ray_hosts import (
     command_line,
     hosts,
     resident_bytes,
-    wait_until,
     write_fleet,
 )
+from waiting import wait_until
 
 from quire.cluster.rpc import Cluster
 from quire.config.cluster import ClusterConfig
@@ -90,7 +90,7 @@ class Fleet:
             states = {name: pods[name].state if name in pods else "" for name in names}
             return set(states.values()) == {"ready"}
 
-        return wait_until(ready, timeout_s, f"{names} ready")
+        return wait_until(ready, f"{names} ready", timeout_s)
 
     def up(self) -> subprocess.Popen:
         path = write_fleet(self.hosts["ctl"], self.content)
@@ -132,7 +132,7 @@ def started(host: Host, start: Callable[[], subprocess.Popen]) -> Callable[[], f
             process[0] = start()
         return host.log().count("runtime started") > before
 
-    return lambda: wait_until(is_up, START_S, f"Ray on {host.name}")
+    return lambda: wait_until(is_up, f"Ray on {host.name}", START_S)
 
 
 @contextlib.contextmanager
@@ -166,12 +166,12 @@ def running_fleet(
 
 
 @contextlib.contextmanager
-def gateway(coordinator: str):
+def gateway(coordinator: str, *more: str):
     """`quire gateway` that follows a coordinator; yields its URL."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    flags = ["--port", str(port), "--coordinator", coordinator, "--worker-wait", "120"]
+    flags = ["--port", str(port), "--coordinator", coordinator, "--worker-wait", "120", *more]
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "quire", "gateway", *flags],
         env=os.environ | {"QUIRE_CLUSTER_TOKEN": TOKEN},
@@ -186,7 +186,7 @@ def gateway(coordinator: str):
             return False
 
     try:
-        wait_until(ready, START_S, "the gateway's readiness")
+        wait_until(ready, "the gateway's readiness", START_S)
         yield url
     finally:
         process.terminate()

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -191,31 +190,29 @@ def _clean(names) -> None:
     subprocess.run(["ip", "link", "del", "quire-br"], capture_output=True, check=False)
 
 
-def quire(host: Host, *words: str, ok: bool = True) -> str:
-    """Run `quire ...` there; what it printed."""
-    inner = (
-        f"mount --bind {host.folder} /tmp && cd / && exec {sys.executable} -m quire "
-        + " ".join(words)
-    )
-    done = subprocess.run(
+def _run(host: Host, *command: str) -> subprocess.CompletedProcess[str]:
+    inner = f"mount --bind {host.folder} /tmp && cd / && exec " + " ".join(command)
+    return subprocess.run(
         ["ip", "netns", "exec", host.namespace, "sh", "-c", inner],
         capture_output=True, text=True, timeout=120, check=False,
         env=_plain() | RAY_ENVIRONMENT | {"QUIRE_CLUSTER_TOKEN": TOKEN},
     )  # fmt: skip
+
+
+def ray(host: Host, *words: str) -> str:
+    """Run `ray ...` there; what it printed."""
+    done = _run(host, str(BIN / "ray"), *words, f"--address={HEAD}")
+    return done.stdout + done.stderr
+
+
+def quire(host: Host, *words: str, ok: bool = True) -> str:
+    """Run `quire ...` there; what it printed."""
+    done = _run(host, sys.executable, "-m", "quire", *words)
     if ok:
         assert done.returncode == 0, done.stdout + done.stderr
     else:
         assert done.returncode != 0, done.stdout
     return done.stdout + done.stderr
-
-
-def wait_until(true, timeout_s: float, what: str) -> float:
-    """Seconds it took."""
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < timeout_s, f"{what} did not happen in {timeout_s} s"
-        time.sleep(0.25)
-    return time.monotonic() - began
 
 
 def write_fleet(host: Host, content: dict) -> str:

@@ -18,7 +18,7 @@ from quire.engine.runner.pool_copies import PoolCopies
 from quire.proto.transfer_pb2 import Hello
 from quire.transfer.endpoint import Endpoint
 from quire.transfer.faults import FaultPlan, FaultyTransport
-from quire.transfer.layout import BlockLayout, Shard, block_bytes
+from quire.transfer.layout import FRAME_BYTES, BlockLayout, Shard, block_bytes
 from quire.transfer.local import LocalNetwork, LocalTransport
 from quire.transfer.memory import HostMemory
 from quire.transfer.negotiate import Identity
@@ -32,6 +32,21 @@ QUICK = {"kv_lease_s": 1.0, "kv_heartbeat_s": 0.1, "kv_connect_timeout_s": 3.0}
 
 def config(**changes):
     return TransferConfig(**{**QUICK, "kv_transports": ("tcp",), **changes})
+
+
+class Quiet:
+    """A channel to nobody."""
+
+    frames_at_once = 1
+
+    def __init__(self, frame_bytes=FRAME_BYTES):
+        self.frame_bytes = frame_bytes
+
+    def start(self, intake, closed):
+        pass
+
+    def close(self):
+        pass
 
 
 class GatedCopies:

@@ -17,7 +17,7 @@ namespace {
 // Columns of a patch of `rows` rows: a power of two.
 constexpr int patch_columns(int rows) {
   int columns = 1;
-  while (columns < 8 && 2 * columns * rows <= 2 * kGemmRows) columns *= 2;
+  while (columns < 8 && 2 * columns * rows <= 2 * kPatchRows) columns *= 2;
   return columns;
 }
 
@@ -33,10 +33,10 @@ void with_count(int n, const F& f) {
 // Calls f(first row, rows) with even parts of the rows, none larger than a patch can be.
 template <class F>
 void in_row_parts(int rows, const F& f) {
-  const int parts = static_cast<int>(ceil_div(rows, kGemmRows));
+  const int parts = static_cast<int>(ceil_div(rows, kPatchRows));
   for (int part = 0; part < parts; ++part) {
     const int first = rows * part / parts;
-    with_count<kGemmRows>(rows * (part + 1) / parts - first, [&](auto count) { f(first, count); });
+    with_count<kPatchRows>(rows * (part + 1) / parts - first, [&](auto count) { f(first, count); });
   }
 }
 

@@ -20,9 +20,13 @@ void unpack_row(const EmbedArgs& args, int64_t id, float* out) {
   const auto* weights =
       static_cast<const Weight*>(args.table) + panel * panel_elements<Format>(args.columns);
   if constexpr (Format::kPairs) {
-    const Weight* half = weights + column / kLanes * 512 + column % kLanes * 2;
-    for (int64_t k = 0; k < args.columns; ++k) {
-      out[k] = to_float(half[k / kPanel * 1024 + k % kPanel / 2 * 32 + k % 2]);
+    const Weight* pair = weights + column / kLanes * 512 + column % kLanes * 2;
+    for (int64_t k = 0; k < args.columns; k += kPanel, pair += 512) {
+      const int64_t end = std::min(k + kPanel, args.columns);
+      for (int64_t i = k; i < end; i += 2, pair += 32) {
+        out[i] = to_float(pair[0]);
+        if (i + 1 < end) out[i + 1] = to_float(pair[1]);
+      }
     }
   } else {
     for (int64_t k = 0; k < args.columns; ++k) out[k] = to_float(weights[k * kPanel + column]);

@@ -23,7 +23,18 @@ inline PanelResult add_bias(const LinearArgs& args, int64_t panel, Lanes low, La
 
 template <class T>
 struct StoreRows {
+  // Logits are many and were last used a step ago: their lines have left the caches.
+  static constexpr bool kFetches = sizeof(T) == 4;
   const LinearArgs& args;
+
+  void fetch(int64_t row, int64_t rows, int64_t panel) const {
+    if (panel * kPanel >= args.n) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* out = row_of<T>(args.out, row + i) + panel * kPanel;
+      __builtin_prefetch(out, 1);
+      __builtin_prefetch(out + kLanes, 1);
+    }
+  }
 
   void operator()(int64_t row, int64_t panel, Lanes low, Lanes high) const {
     const PanelResult result = add_bias(args, panel, low, high);
@@ -35,6 +46,7 @@ struct StoreRows {
 };
 
 struct AddRows {
+  static constexpr bool kFetches = false;
   const LinearArgs& args;
 
   void operator()(int64_t row, int64_t panel, Lanes low, Lanes high) const {
@@ -52,6 +64,7 @@ struct AddRows {
 // A panel is 16 gate columns, then the 16 up columns of the same outputs.
 template <class T>
 struct SiluMul {
+  static constexpr bool kFetches = false;
   const LinearArgs& args;
 
   void operator()(int64_t row, int64_t panel, Lanes low, Lanes high) const {

@@ -13,8 +13,8 @@
 namespace quire {
 namespace {
 
-// Lines that a product of 8 rows, 32 columns and 32 k hides, beside the weights' own.
-constexpr int64_t kMostLines = 16;
+// Lines that a product of kGemmRows rows, 32 columns and 32 k hides, beside the weights' own.
+constexpr int64_t kMostLines = 2 * kGemmRows;
 
 inline void fetch_lines(Fetch& fetch, int64_t count) {
   for (count = std::min(count, fetch.left); count > 0; --count, --fetch.left, --fetch.span_left) {

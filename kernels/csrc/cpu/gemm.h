@@ -37,34 +37,53 @@ inline void prefetch_span(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(from) + i);
 }
 
-// What to fetch during one pass over a panel: for each kPanel of k, `bytes` of weights and `lines` of
-// what comes after the matmul.
+// A panel's weights.
+struct Span {
+  const char* begin;
+  const char* end;
+
+  int64_t bytes() const { return end - begin; }
+};
+
+template <class Format>
+Span panel_span(const LinearArgs& args, int64_t panel) {
+  const int64_t bytes = panel_elements<Format>(args.k) * sizeof(typename Format::Weight);
+  const char* begin = static_cast<const char*>(args.weights) + panel * bytes;
+  return {begin, begin + bytes};
+}
+
+// What to fetch during one pass over a panel: for each kPanel of k, `bytes` of weights, going on at
+// `then` behind `end`, and `lines` of what comes after the matmul.
 struct Ahead {
-  const char* from;
+  const char* at;
+  const char* end;
+  const char* then;
   int64_t bytes;
   Fetch& later;
   int64_t lines;
 
   void step() {
-    prefetch_span(from, bytes);
-    from += bytes;
+    prefetch_span(at, bytes);
+    at += bytes;
+    if (at == end) at = then;
     fetch_lines(later, lines);
   }
 };
 
 // Rows are taken in passes over a panel. A lone pass fetches a little ahead of its use; several fetch
-// the next panel between them, in even parts: all of it in the first would leave the multipliers
-// idle, and then the memory.
+// the panel that follows between them, in even parts: all of it in the first would leave the
+// multipliers idle, and then the memory.
 template <class Format>
-Ahead ahead_of(const typename Format::Weight* panel, int64_t k, int64_t pass, int64_t passes,
-               Fetch& later) {
+Ahead ahead_of(Span panel, Span follows, int64_t pass, int64_t passes, Fetch& later) {
   constexpr int64_t kStep = kPanel * kPanel * sizeof(typename Format::Weight);
-  const auto* from = reinterpret_cast<const char*>(panel);
-  if (passes == 1) return {from + kPrefetchBytes, kStep, later, 0};
-  const int64_t size = panel_elements<Format>(k) * sizeof(typename Format::Weight);
-  const int64_t share = round_up(ceil_div(kStep, passes), 64);
-  const int64_t done = pass * share * ceil_div(k, kPanel);
-  return {from + size + done, done < size ? share : 0, later, kMostLines};
+  if (passes == 1) {
+    return {panel.begin + kPrefetchBytes, panel.end, follows.begin, kStep, later, 0};
+  }
+  const int64_t steps = ceil_div(panel.bytes(), kStep) * passes;
+  const int64_t share = round_up(ceil_div(follows.bytes(), steps), 64);
+  const int64_t done = pass * share * (steps / passes);
+  const bool is_left = done < follows.bytes();
+  return {follows.begin + done, nullptr, nullptr, is_left ? share : 0, later, kMostLines};
 }
 
 // acc[row][half] += in[row][0..k) * panel, for ROWS rows. Inlined, or the sums would live in memory:
@@ -112,6 +131,7 @@ void panel_rows(const LinearArgs& args, int64_t row, int64_t rows, int64_t panel
     Lanes acc[ROWS][2];
     for (auto& halves : acc) halves[0] = halves[1] = splat(0.0f);
     const auto* weights = static_cast<const typename Format::Weight*>(args.weights);
+    if constexpr (Finish::kFetches) finish.fetch(row, ROWS, panel + 1);
     multiply_panel<ROWS>(row_of<typename Format::Activation>(args.in, row), args.in.stride,
                          weights + panel * panel_elements<Format>(args.k), args.k, ahead, acc);
     for (int i = 0; i < ROWS; ++i) finish(row + i, panel, acc[i][0], acc[i][1]);
@@ -133,29 +153,34 @@ int64_t gemm_items(const LinearArgs& args, int64_t rows) {
   return num_panels(args) * ceil_div(rows, row_block<Format>(args));
 }
 
-// Rows [begin, end) of one panel, and some of what `later` holds.
+// Rows [begin, end) of one panel. Meanwhile `follows` is fetched, and some of what `later` holds.
 template <class Format, class Finish>
-void gemm_panel(const LinearArgs& args, int64_t begin, int64_t end, int64_t panel, Fetch& later,
-                const Finish& finish) {
-  const auto* weights = static_cast<const typename Format::Weight*>(args.weights);
-  const auto* own = weights + panel * panel_elements<Format>(args.k);
+void gemm_panel(const LinearArgs& args, int64_t begin, int64_t end, int64_t panel, Span follows,
+                Fetch& later, const Finish& finish) {
+  const Span own = panel_span<Format>(args, panel);
   const int64_t rows = end - begin;
   const int64_t passes = ceil_div(rows, kGemmRows);
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t first = rows * pass / passes;
     const int64_t count = rows * (pass + 1) / passes - first;
     panel_rows<Format, kGemmRows>(args, begin + first, count, panel,
-                                  ahead_of<Format>(own, args.k, pass, passes, later), finish);
+                                  ahead_of<Format>(own, follows, pass, passes, later), finish);
   }
 }
 
 template <class Format, class Finish>
-void gemm(const LinearArgs& args, int64_t rows, Range items, Fetch& later, const Finish& finish) {
+void gemm(const LinearArgs& args, int64_t rows, Range items, Workspace& space,
+          const Finish& finish) {
   const int64_t panels = num_panels(args);
   const int64_t block = row_block<Format>(args);
+  const NextLinear& next = space.next;
   for (int64_t item = items.begin; item < items.end; ++item) {
     const int64_t begin = item / panels * block;
-    gemm_panel<Format>(args, begin, std::min(begin + block, rows), item % panels, later, finish);
+    const bool is_last = next.args != nullptr && item + 1 == items.end;
+    const Span follows = is_last ? panel_span<Format>(*next.args, next.item % num_panels(*next.args))
+                                 : panel_span<Format>(args, (item + 1) % panels);
+    gemm_panel<Format>(args, begin, std::min(begin + block, rows), item % panels, follows,
+                       space.fetch, finish);
   }
 }
 
@@ -176,24 +201,24 @@ int64_t best_gemm_items(const LinearArgs& args, int64_t rows) {
 }
 
 template <class Format, class Finish>
-void best_gemm(const LinearArgs& args, int64_t rows, Range items, Fetch& later,
+void best_gemm(const LinearArgs& args, int64_t rows, Range items, Workspace& space,
                const Finish& finish) {
-  gemm<Format>(args, rows, items, later, finish);
+  gemm<Format>(args, rows, items, space, finish);
 }
 #endif
 
 template <class Format>
-void linear(const LinearArgs& args, int64_t rows, Range items, Fetch& later) {
+void linear(const LinearArgs& args, int64_t rows, Range items, Workspace& space) {
   using Activation = typename Format::Activation;
   switch (args.epilogue) {
     case Epilogue::kStore:
-      return best_gemm<Format>(args, rows, items, later, StoreRows<Activation>{args});
+      return best_gemm<Format>(args, rows, items, space, StoreRows<Activation>{args});
     case Epilogue::kStoreFloat:
-      return best_gemm<Format>(args, rows, items, later, StoreRows<float>{args});
+      return best_gemm<Format>(args, rows, items, space, StoreRows<float>{args});
     case Epilogue::kAddFloat:
-      return best_gemm<Format>(args, rows, items, later, AddRows{args});
+      return best_gemm<Format>(args, rows, items, space, AddRows{args});
     case Epilogue::kSiluMul:
-      return best_gemm<Format>(args, rows, items, later, SiluMul<Activation>{args});
+      return best_gemm<Format>(args, rows, items, space, SiluMul<Activation>{args});
   }
 }
 

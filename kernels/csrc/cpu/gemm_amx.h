@@ -171,9 +171,9 @@ int64_t best_gemm_items(const LinearArgs& args, int64_t rows) {
 }
 
 template <class Format, class Finish>
-void best_gemm(const LinearArgs& args, int64_t rows, Range items, Fetch& later,
+void best_gemm(const LinearArgs& args, int64_t rows, Range items, Workspace& space,
                const Finish& finish) {
-  if constexpr (Format::kPairs) {  // too fast to leave memory idle: nothing of `later`
+  if constexpr (Format::kPairs) {  // too fast to leave memory idle: fetches nothing else
     configure_gemm_tiles();
     const int64_t panels = num_panels(args);
     const int64_t block = tile_row_block(args);
@@ -184,7 +184,7 @@ void best_gemm(const LinearArgs& args, int64_t rows, Range items, Fetch& later,
     }
     pending.drain();
   } else {
-    gemm<Format>(args, rows, items, later, finish);
+    gemm<Format>(args, rows, items, space, finish);
   }
 }
 

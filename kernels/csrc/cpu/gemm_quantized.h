@@ -68,7 +68,7 @@ class PanelProduct {
         scales_(reinterpret_cast<const float*>(in_ + round_up(args.linear.k, kPanel))) {}
 
   // `cold`: the panel is read for the first time, and the next one should be on its way.
-  void run(const char* panel, bool cold, float (&out)[kGemmRows][kPanel]) {
+  void run(const char* panel, bool cold, float (&out)[kPatchRows][kPanel]) {
     const int64_t k = args_.linear.k;
     for (auto& row : out) std::fill_n(row, kPanel, 0.0f);
     for (int64_t begin = 0; begin < k; begin += args_.group_size) {
@@ -80,7 +80,7 @@ class PanelProduct {
   static constexpr int64_t kStep = 32 / BITS;
   static constexpr int64_t kHeader = kPanel * (ZEROS ? 8 : 4);
 
-  const char* group(const char* panel, Range k, bool cold, float (&out)[kGemmRows][kPanel]) {
+  const char* group(const char* panel, Range k, bool cold, float (&out)[kPatchRows][kPanel]) {
     const auto* weight_scales = reinterpret_cast<const float*>(panel);
     const ZeroPoints<ZEROS> zeros(panel);
     if (cold) prefetch_span(panel + kPrefetchBytes, kHeader);
@@ -110,7 +110,7 @@ class PanelProduct {
 
   // out += the block's sums, scaled.
   void add(const Words (&sums)[ROWS][2], const float* weight_scales,
-           float (&out)[kGemmRows][kPanel]) const {
+           float (&out)[kPatchRows][kPanel]) const {
     for (int row = 0; row < ROWS; ++row) {
       const Lanes scale = splat(scales_[row * (args_.linear.in.stride / 2)]);
       for (int half = 0; half < 2; ++half) {
@@ -129,7 +129,7 @@ class PanelProduct {
 // One panel for `rows` (at most ROWS) rows; ROWS counts down to the exact number.
 template <int BITS, bool ZEROS, int ROWS>
 void quantized_panel(const QuantizedLinearArgs& args, Range rows, const char* panel,
-                     float (&out)[kGemmRows][kPanel]) {
+                     float (&out)[kPatchRows][kPanel]) {
   if constexpr (ROWS > 0) {
     if (rows.end - rows.begin < ROWS) {
       return quantized_panel<BITS, ZEROS, ROWS - 1>(args, rows, panel, out);
@@ -139,15 +139,15 @@ void quantized_panel(const QuantizedLinearArgs& args, Range rows, const char* pa
 }
 
 using QuantizedPanel = void (*)(const QuantizedLinearArgs& args, Range rows, const char* panel,
-                                float (&out)[kGemmRows][kPanel]);
+                                float (&out)[kPatchRows][kPanel]);
 
 inline QuantizedPanel panel_function(const QuantizedLinearArgs& args) {
   if (args.bits == 8) {
-    return args.has_zeros ? quantized_panel<8, true, kGemmRows>
-                          : quantized_panel<8, false, kGemmRows>;
+    return args.has_zeros ? quantized_panel<8, true, kPatchRows>
+                          : quantized_panel<8, false, kPatchRows>;
   }
-  return args.has_zeros ? quantized_panel<4, true, kGemmRows>
-                        : quantized_panel<4, false, kGemmRows>;
+  return args.has_zeros ? quantized_panel<4, true, kPatchRows>
+                        : quantized_panel<4, false, kPatchRows>;
 }
 
 // Items are panels.
@@ -157,10 +157,10 @@ void quantized_gemm(const QuantizedLinearArgs& args, int64_t rows, Range panels,
   const QuantizedLayout layout{args.linear.k, args.group_size, args.bits, args.has_zeros};
   const char* weights = static_cast<const char*>(args.linear.weights);
   const QuantizedPanel multiply = panel_function(args);
-  alignas(64) float out[kGemmRows][kPanel];
+  alignas(64) float out[kPatchRows][kPanel];
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    for (int64_t row = 0; row < rows; row += kGemmRows) {
-      const Range some{row, std::min<int64_t>(row + kGemmRows, rows)};
+    for (int64_t row = 0; row < rows; row += kPatchRows) {
+      const Range some{row, std::min<int64_t>(row + kPatchRows, rows)};
       multiply(args, some, weights + panel * layout.panel_bytes(), out);
       for (int64_t i = some.begin; i < some.end; ++i) {
         finish(i, panel, load(out[i - row]), load(out[i - row] + kLanes));

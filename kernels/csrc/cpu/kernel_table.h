@@ -43,7 +43,7 @@ int64_t linear_items(const Op& op, const Step& step) {
 
 void run_linear(const Op& op, const Step& step, int64_t begin, int64_t end, Workspace& space) {
   in_format(step, begin, end, [&](auto format, Range items) {
-    linear<decltype(format)>(op.linear, step.rows(op.domain), items, space.fetch);
+    linear<decltype(format)>(op.linear, step.rows(op.domain), items, space);
   });
 }
 

@@ -258,10 +258,17 @@ struct Fetch {
   int64_t left = 0;          // lines in all
 };
 
+// The matmul after this one, and the item of it that the calling thread begins with.
+struct NextLinear {
+  const LinearArgs* args = nullptr;  // null: this one goes on behind the items of this call
+  int64_t item = 0;
+};
+
 // What a call of a kernel has to itself.
 struct Workspace {
-  char* scratch;  // the calling thread's, aligned to 64 bytes
-  Fetch fetch;    // what to bring into the caches meanwhile, where the op leaves memory idle
+  char* scratch;    // the calling thread's, aligned to 64 bytes
+  Fetch fetch;      // what to bring into the caches meanwhile, where the op leaves memory idle
+  NextLinear next;  // whose weights to fetch behind the last ones of this call
 };
 
 struct Kernel {

@@ -50,7 +50,9 @@ void quire_free(void* span, int64_t bytes) {
 void quire_copy_blocks(quire::Team* team, char* pool, int64_t block_bytes, const int32_t* pairs,
                        int64_t count) {
   constexpr int64_t kSlice = 64 << 10;
-  team->parallel_for(block_bytes, kSlice, [&](int64_t begin, int64_t end) {
+  team->parallel_for(quire::ceil_div(block_bytes, kSlice), 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kSlice;
+    const int64_t end = std::min(last * kSlice, block_bytes);
     for (int64_t i = 0; i < count; ++i) {
       std::memcpy(pool + pairs[2 * i + 1] * block_bytes + begin,
                   pool + pairs[2 * i] * block_bytes + begin, static_cast<size_t>(end - begin));

@@ -59,8 +59,13 @@ void Program::add(const Op& op) {
     tokens_per_group_ = tokens;
   }
   if (op.code == OpCode::kAttention) share_fetching(op.attention.shape.layer);
+  if (op.code == OpCode::kLinear) {
+    const auto linear = static_cast<int64_t>(ops_.size());
+    for (int64_t i = linear; i-- > 0 && next_linear_[i] == 0;) next_linear_[i] = linear;
+  }
   ops_.push_back(op);
   shares_.push_back({});
+  next_linear_.push_back(0);
 }
 
 // Divides what the attention of `layer`, about to be added, reads among the matmuls since the one
@@ -79,17 +84,24 @@ void Program::share_fetching(int64_t layer) {
   }
 }
 
-// What to fetch beside items [begin, end) of an op's `items`.
-Fetch Program::fetch_of(int64_t op, int64_t begin, int64_t end, int64_t items) const {
-  const Share& share = shares_[op];
+// What to fetch beside a claim of the share of `owner`: of what the attention's same share reads.
+Fetch Program::fetch_of(int64_t op, const Claim& claim, int owner) const {
+  const FetchShare& share = shares_[op];
   if (share.whole == 0 || step_.args.num_tokens < kFetchRows) return {};
   const int64_t span_bytes = 2 * step_.cache.tile_bytes(step_.dtype);
   const int64_t lines = span_bytes / 64;
   const int64_t all = lines * static_cast<int64_t>(spans_.size());
-  const int64_t from = all * share.begin / share.whole;
-  const int64_t count = all * share.end / share.whole - from;
-  const int64_t first = from + count * begin / items;
-  const int64_t left = from + count * end / items - first;
+  const int64_t items = phases_[claim.phase].items;
+  const int64_t from = share_begin(items, owner, team_.size());
+  const int64_t count = share_begin(items, owner + 1, team_.size()) - from;
+  const int64_t own = share_begin(all, owner, team_.size());
+  const int64_t own_lines = share_begin(all, owner + 1, team_.size()) - own;
+  const auto line = [&](int64_t item) {
+    const int64_t products = share.begin * count + (share.end - share.begin) * (item - from);
+    return own + own_lines * products / (share.whole * count);
+  };
+  const int64_t first = line(claim.begin);
+  const int64_t left = line(claim.end) - first;
   if (left == 0) return {};
   Fetch fetch;
   fetch.offset = share.layer * span_bytes;
@@ -100,6 +112,13 @@ Fetch Program::fetch_of(int64_t op, int64_t begin, int64_t end, int64_t items) c
   fetch.at = *span + fetch.offset + first % lines * 64;
   fetch.spans = span + 1;
   return fetch;
+}
+
+// What a thread reads first of the matmul after `op`.
+NextLinear Program::next_of(int64_t op, int thread) const {
+  const int64_t next = next_linear_[op];
+  if (next == 0 || next >= first_op_ + num_phases_) return {};
+  return {&ops_[next].linear, share_begin(phases_[next - first_op_].items, thread, team_.size())};
 }
 
 void Program::check(const StepArgs& args) {
@@ -190,13 +209,20 @@ void Program::list_spans(int64_t s) {
   }
 }
 
-void Program::run(int64_t phase, int64_t begin, int64_t end, int thread) {
-  const Op& op = ops_[first_op_ + phase];
+void Program::run(const Claim& claim, int thread) {
+  const int64_t index = first_op_ + claim.phase;
+  const Op& op = ops_[index];
   const auto base = reinterpret_cast<uintptr_t>(scratch_.data());
   char* aligned = scratch_.data() + (round_up(base, kAlignment) - base);
-  char* scratch = aligned + thread * scratch_stride_;
-  Workspace space{scratch, fetch_of(first_op_ + phase, begin, end, phases_[phase].items)};
-  kernels_.of[static_cast<int>(op.code)].run(op, step_, begin, end, space);
+  Workspace space{aligned + thread * scratch_stride_, {}, {}};
+  if (op.code == OpCode::kLinear) {
+    const int64_t items = phases_[claim.phase].items;
+    const int owner = share_owner(items, claim.begin, team_.size());
+    const bool is_last = claim.end == share_begin(items, owner + 1, team_.size());
+    space.fetch = fetch_of(index, claim, owner);
+    if (is_last || owner != thread) space.next = next_of(index, thread);
+  }
+  kernels_.of[static_cast<int>(op.code)].run(op, step_, claim.begin, claim.end, space);
 }
 
 void Program::phase_done(int64_t phase) {
@@ -217,12 +243,13 @@ const char* Program::run(const StepArgs& args, int64_t begin, int64_t end) {
   plan(args);
   if (phases_ == nullptr) phases_ = std::make_unique<Phase[]>(ops_.size());
   first_op_ = begin;
+  num_phases_ = end - begin;
   for (int64_t i = begin; i < end; ++i) {
     const Op& op = ops_[i];
     phases_[i - begin].items = kernels_.of[static_cast<int>(op.code)].items(op, step_);
   }
   phase_started_ = now();
-  team_.run(phases_.get(), end - begin, *this);
+  team_.run(phases_.get(), num_phases_, *this);
   return nullptr;
 }
 

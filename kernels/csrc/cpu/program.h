@@ -41,7 +41,7 @@ class Program final : private Job {
  private:
   // The part of the next attention's keys and values that a matmul fetches, which is that of its
   // products in those of all matmuls before that attention.
-  struct Share {
+  struct FetchShare {
     int64_t layer = 0;
     int64_t begin = 0;
     int64_t end = 0;
@@ -49,14 +49,15 @@ class Program final : private Job {
   };
 
   void share_fetching(int64_t layer);
-  Fetch fetch_of(int64_t op, int64_t begin, int64_t end, int64_t items) const;
+  Fetch fetch_of(int64_t op, const Claim& claim, int owner) const;
+  NextLinear next_of(int64_t op, int thread) const;
   void check(const StepArgs& args);
   void check_sequence(const StepArgs& args, int64_t sequence);
   int64_t first_block(const StepArgs& args, int64_t sequence) const;
   void list_spans(int64_t sequence);
   void plan(const StepArgs& args);
 
-  void run(int64_t phase, int64_t begin, int64_t end, int thread) override;
+  void run(const Claim& claim, int thread) override;
   void phase_done(int64_t phase) override;
   void leave() override { kernels_.release(); }
 
@@ -65,10 +66,12 @@ class Program final : private Job {
   Limits limits_;
   Step step_;
   std::vector<Op> ops_;
-  std::vector<Share> shares_;       // one per op
+  std::vector<FetchShare> shares_;    // one per op
+  std::vector<int64_t> next_linear_;  // one per op: the matmul after it, or 0
   std::vector<const char*> spans_;  // of the step: layer 0, a KV head and block each
   std::unique_ptr<Phase[]> phases_;  // one per op from first_op_ on
   int64_t first_op_ = 0;
+  int64_t num_phases_ = 0;
   int64_t vocabulary_ = 0;         // 0: no embedding
   int64_t tokens_per_group_ = 0;   // 0: no attention
   int64_t largest_window_ = 0;     // of the attentions; 0: one is unlimited

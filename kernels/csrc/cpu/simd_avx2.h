@@ -168,6 +168,8 @@ inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), 
 
 // Rows that one pass of the matmul keeps in registers: 3 x 32 columns = 12 of 16 registers.
 constexpr int kGemmRows = 3;
+// The same of attention and of quantized matmuls.
+constexpr int kPatchRows = 3;
 
 }  // namespace
 }  // namespace quire

@@ -136,8 +136,10 @@ inline Lanes dot(Pairs a, Pairs b, Lanes sum) {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
-// Rows that one pass of the matmul keeps in registers: 8 x 32 columns = 16 of 32 registers.
-constexpr int kGemmRows = 8;
+// Rows that one pass of the matmul keeps in registers: 11 x 32 columns = 22 of 32 registers.
+constexpr int kGemmRows = 11;
+// The same of attention and of quantized matmuls, which need registers for more than sums.
+constexpr int kPatchRows = 8;
 
 }  // namespace
 }  // namespace quire

@@ -149,6 +149,8 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Rows that one pass of the matmul keeps in registers.
 constexpr int kGemmRows = 2;
+// The same of attention and of quantized matmuls.
+constexpr int kPatchRows = 2;
 
 }  // namespace
 }  // namespace quire

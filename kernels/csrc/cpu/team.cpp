@@ -3,6 +3,7 @@
 #include "team.h"
 
 #include <chrono>
+#include <stdexcept>
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -70,20 +71,55 @@ void Gate::wait(uint32_t seen) {
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-bool Phase::claim(int num_threads, int64_t& begin, int64_t& end) {
-  begin = next.load(std::memory_order_relaxed);
-  do {
-    const int64_t left = items - begin;
-    if (left <= 0) return false;
-    int64_t count = std::max<int64_t>(1, left / (2 * num_threads));
-    if (largest_claim > 0) count = std::min(count, largest_claim);
-    end = begin + count;
-  } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-  return true;
+namespace {
+
+constexpr int kItemBits = 26;
+static_assert(Share::kMostItems == int64_t{1} << kItemBits);
+
+void check_limits(const Phase* phases, int64_t num_phases) {
+  if (num_phases >= Share::kMostPhases) throw std::length_error("too many phases of a job");
+  for (int64_t p = 0; p < num_phases; ++p) {
+    if (phases[p].items >= Share::kMostItems) throw std::length_error("too many items of a phase");
+  }
+}
+
+}  // namespace
+
+uint64_t Share::pack(const Claim& items) {
+  const auto phase = static_cast<uint64_t>(items.phase);
+  const auto begin = static_cast<uint64_t>(items.begin);
+  return (phase << kItemBits | begin) << kItemBits | static_cast<uint64_t>(items.end);
+}
+
+Claim Share::unpack(uint64_t word) {
+  constexpr uint64_t kItem = (uint64_t{1} << kItemBits) - 1;
+  return {static_cast<int64_t>(word >> 2 * kItemBits),
+          static_cast<int64_t>(word >> kItemBits & kItem), static_cast<int64_t>(word & kItem)};
+}
+
+bool Share::claim(bool is_owner, const Phase* phases, Claim& claim) {
+  uint64_t word = word_.load(std::memory_order_acquire);
+  for (;;) {
+    const Claim all = unpack(word);
+    if (all.begin == all.end) return false;
+    const int64_t most = phases[all.phase].largest_claim;
+    int64_t count = (all.end - all.begin + 1) / 2;
+    if (most > 0) count = std::min(count, most);
+    Claim rest = claim = all;
+    if (is_owner) {
+      rest.begin = claim.end = all.begin + count;
+    } else {
+      rest.end = claim.begin = all.end - count;
+    }
+    if (word_.compare_exchange_weak(word, pack(rest), std::memory_order_acq_rel)) return true;
+  }
 }
 
 Team::Team(int num_threads, bool pin)
-    : num_threads_(std::max(1, num_threads)), pin_(pin), cpus_(allowed_cpus()) {
+    : num_threads_(std::max(1, num_threads)),
+      pin_(pin),
+      cpus_(allowed_cpus()),
+      shares_(std::make_unique<Share[]>(num_threads_)) {
   workers_.reserve(num_threads_ - 1);
   for (int thread = 1; thread < num_threads_; ++thread) {
     workers_.emplace_back([this, thread] { worker(thread); });
@@ -138,27 +174,43 @@ void Team::exit() {
   left_.advance();
 }
 
-// Returns whether the phase is done.
-bool Team::claim_and_run(int64_t p, int thread) {
-  Phase& phase = phases_[p];
-  int64_t begin, end;
-  while (phase.claim(num_threads_, begin, end)) {
-    job_->run(p, begin, end, thread);
-    if (phase.finish(end - begin)) progress_.advance();
+bool Team::claim(int thread, Claim& claim) {
+  for (int i = 0; i < num_threads_; ++i) {
+    if (shares_[(thread + i) % num_threads_].claim(i == 0, phases_, claim)) return true;
   }
-  return phase.finished();
+  return false;
+}
+
+// The phases before `phase` are done: deals out the next that has items.
+void Team::open_phase(int64_t phase) {
+  for (; phase < num_phases_ && phases_[phase].items == 0; ++phase) job_->phase_done(phase);
+  done_.store(0, std::memory_order_relaxed);
+  phase_.store(phase, std::memory_order_release);
+  if (phase == num_phases_) return;
+  const int64_t items = phases_[phase].items;
+  for (int t = 0; t < num_threads_; ++t) {
+    shares_[t].deal({phase, share_begin(items, t, num_threads_),
+                     share_begin(items, t + 1, num_threads_)});
+  }
 }
 
 void Team::work(int thread, uint32_t job) {
   const bool is_caller = thread == 0;
   if (!is_caller && !enter(job)) return;
-  for (int64_t p = 0; p < num_phases_;) {
+  for (;;) {
     const uint32_t seen = progress_.value();
-    if (claim_and_run(p, thread)) {
-      if (is_caller) job_->phase_done(p);
-      ++p;
-      continue;
+    Claim claimed;
+    while (claim(thread, claimed)) {
+      job_->run(claimed, thread);
+      const int64_t count = claimed.end - claimed.begin;
+      if (done_.fetch_add(count, std::memory_order_acq_rel) + count ==
+          phases_[claimed.phase].items) {
+        job_->phase_done(claimed.phase);
+        open_phase(claimed.phase + 1);
+        progress_.advance();
+      }
     }
+    if (phase_.load(std::memory_order_acquire) == num_phases_) break;
     if (!is_caller) {
       job_->leave();
       exit();
@@ -191,17 +243,20 @@ void Team::settle() {
   wait_for_empty();
 }
 
+void Team::rouse() {
+  const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+  if (turn.owns_lock() && num_threads_ > 1) start_.advance();  // the number of no job
+}
+
 void Team::run(Phase* phases, int64_t num_phases, Job& job) {
+  check_limits(phases, num_phases);
   std::lock_guard<std::mutex> turn(turn_);
   place_threads();
   wait_for_empty();
-  for (int64_t p = 0; p < num_phases; ++p) {
-    phases[p].next.store(0, std::memory_order_relaxed);
-    phases[p].done.store(0, std::memory_order_relaxed);
-  }
   phases_ = phases;
   num_phases_ = num_phases;
   job_ = &job;
+  open_phase(0);
   // Jobs are numbered by the start gate: it shows the number once the job is open.
   const uint32_t number = start_.value() + 1;
   open_.store(number, std::memory_order_seq_cst);
@@ -221,4 +276,6 @@ quire::Team* quire_team_create(int num_threads, int pin) {
 void quire_team_destroy(quire::Team* team) { delete team; }
 
 int quire_team_size(const quire::Team* team) { return team->size(); }
+
+void quire_team_rouse(quire::Team* team) { team->rouse(); }
 }

@@ -7,6 +7,10 @@
 //   ...                  ...
 //   returns              leave, spin ~100 us, then sleep: an idle engine uses no CPU
 //
+// Of each phase a thread has a share of its own, [items t / N, items (t + 1) / N), which it takes from
+// the front: it reads a long span in order, and in the next job the same one. Whoever has no more
+// takes from the back of the others' shares.
+//
 // What is waited for is work, not threads: a thread that the system has put aside, or that is still
 // waking up, holds nobody up unless it is inside an item. On a machine that other processes share
 // (the gateway beside the engine on two cores), a barrier of all threads would cost a time slice
@@ -21,6 +25,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -46,25 +51,54 @@ class Gate {
 struct Phase {
   int64_t items = 0;
   int64_t largest_claim = 0;  // items a thread takes at once; 0: as many as balance well
-  alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int64_t> done{0};
+};
 
-  // Takes the next items; false when none are left. Claims shrink towards the end of the phase, so
-  // that threads finish together and early claims stream long spans.
-  bool claim(int num_threads, int64_t& begin, int64_t& end);
-  // Counts finished items; true for whoever finishes the last.
-  bool finish(int64_t count) {
-    return done.fetch_add(count, std::memory_order_acq_rel) + count == items;
-  }
-  bool finished() const { return done.load(std::memory_order_acquire) == items; }
+// Where the share of a thread begins; `thread` may be the number of threads.
+inline int64_t share_begin(int64_t items, int thread, int num_threads) {
+  return items * thread / num_threads;
+}
+
+// Whose share an item is of.
+inline int share_owner(int64_t items, int64_t item, int num_threads) {
+  auto thread = static_cast<int>(item * num_threads / items);
+  while (item >= share_begin(items, thread + 1, num_threads)) ++thread;
+  return thread;
+}
+
+// Items [begin, end) of a phase.
+struct Claim {
+  int64_t phase;
+  int64_t begin;
+  int64_t end;
+};
+
+// What is left of a thread's share of the phase that is under way. A number of one word, changed at
+// once by whoever claims; it holds the phase, so that a thread that was put aside between two looks
+// at it claims nothing of another phase by mistake.
+class Share {
+ public:
+  static constexpr int64_t kMostPhases = int64_t{1} << 12;
+  static constexpr int64_t kMostItems = int64_t{1} << 26;
+
+  // Whoever claims sees what was written before.
+  void deal(const Claim& items) { word_.store(pack(items), std::memory_order_release); }
+  // Half of what is left, `most` (0: no limit) at most: the owner from the front, others from the
+  // back. False when nothing is left.
+  bool claim(bool is_owner, const Phase* phases, Claim& claim);
+
+ private:
+  static uint64_t pack(const Claim& items);
+  static Claim unpack(uint64_t word);
+
+  alignas(64) std::atomic<uint64_t> word_{0};
 };
 
 class Job {
  public:
   virtual ~Job() = default;
-  // Items [begin, end) of a phase, on thread 0 .. size() - 1.
-  virtual void run(int64_t phase, int64_t begin, int64_t end, int thread) = 0;
-  // All of a phase is done, seen by the caller's thread.
+  // Computes a claim, on thread 0 .. size() - 1.
+  virtual void run(const Claim& claim, int thread) = 0;
+  // All of a phase is done, on the thread that did the last of it: phase after phase.
   virtual void phase_done(int64_t /*phase*/) {}
   // A thread is about to wait, or has nothing more to do.
   virtual void leave() {}
@@ -82,10 +116,13 @@ class Team {
 
   int size() const { return num_threads_; }
 
-  // Runs the phases in order and returns when all are done. Sets `next` and `done` itself. Calls
-  // from several threads take turns; a job must not call back into the team. `phases` and `job` may
-  // be reused at once but must outlive the call by `settle`.
+  // Runs the phases in order and returns when all are done. Calls from several threads take turns;
+  // a job must not call back into the team. `phases` and `job` may be reused at once but must
+  // outlive the call by `settle`. Throws std::length_error beyond the limits of Share.
   void run(Phase* phases, int64_t num_phases, Job& job);
+
+  // A job comes soon: workers that sleep are woken, which takes them longer than a short operation.
+  void rouse();
 
   // Waits until no worker looks at the last job any more: at once, unless a worker has just been
   // put aside between two items. Workers that wait for a phase or for a job do not look at it.
@@ -101,7 +138,7 @@ class Team {
     }
     struct Loop final : Job {
       explicit Loop(F& f) : f(f) {}
-      void run(int64_t, int64_t begin, int64_t end, int) override { f(begin, end); }
+      void run(const Claim& claim, int) override { f(claim.begin, claim.end); }
       F& f;
     } loop(body);
     Phase phase;
@@ -116,7 +153,8 @@ class Team {
   bool enter(uint32_t job);
   void exit();
   void work(int thread, uint32_t job);
-  bool claim_and_run(int64_t phase, int thread);
+  bool claim(int thread, Claim& claim);
+  void open_phase(int64_t phase);
   void wait_for_empty();
   void place_threads();
 
@@ -130,9 +168,12 @@ class Team {
   Job* job_ = nullptr;
   std::atomic<bool> stopping_{false};
   std::atomic<uint32_t> open_{0};  // number of the job that may be entered; 0: none
+  const std::unique_ptr<Share[]> shares_;     // one per thread, of the phase under way
+  std::atomic<int64_t> phase_{0};             // under way; the number of phases when all are done
+  alignas(64) std::atomic<int64_t> done_{0};  // items of it
   alignas(64) std::atomic<int> inside_{0};  // workers that may be looking at the job
   Gate start_;
-  Gate progress_;  // a phase is done
+  Gate progress_;  // advances with `phase_`
   Gate left_;
   std::vector<std::thread> workers_;
 };
@@ -144,4 +185,5 @@ extern "C" {
 quire::Team* quire_team_create(int num_threads, int pin);
 void quire_team_destroy(quire::Team* team);
 int quire_team_size(const quire::Team* team);
+void quire_team_rouse(quire::Team* team);
 }

@@ -3,9 +3,9 @@
     root     = blake2b-128("quire.block.v1" | fingerprint | lora | salt), fields length-prefixed
     hash[i]  = blake2b-128(hash[i - 1] | token ids of block i as little-endian uint32)
 
-A cryptographic hash, because blocks are found across tenants by name alone; the tenant's salt in
-the root keeps one tenant's prefixes invisible to another. Equal on every host and in every process.
-Only full blocks have a hash.
+A cryptographic hash, because blocks are found across tenants by name alone; the salt in the root
+keeps one tenant's prefixes invisible to another, and apart what a tenant wants apart. Equal on
+every host and in every process. Only full blocks have a hash.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HASH_BYTES = 16
 
 
 def root(fingerprint: bytes, lora: str = "", salt: bytes = b"") -> bytes:
-    """Parent of a chain's first block: which model, adapter and tenant the blocks belong to."""
+    """Parent of a chain's first block: which model, adapter and salt the blocks belong to."""
     state = blake2b(b"quire.block.v1", digest_size=HASH_BYTES)
     for part in (fingerprint, lora.encode(), salt):
         state.update(len(part).to_bytes(8, "little"))

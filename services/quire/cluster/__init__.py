@@ -1,1 +1,1 @@
-"""What every process of a cluster does alike: calls under its token, probes and metrics."""
+"""What every process of a cluster does alike: calls under its token, probes, metrics, its end."""

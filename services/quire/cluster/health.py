@@ -8,6 +8,7 @@ service                       serving while
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 import grpc
@@ -36,6 +37,11 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             "readiness": is_ready,
             name: is_ready,
         }
+        self._over = asyncio.Event()
+
+    def end(self) -> None:
+        """The server stops next: end the streams, or it cuts them off and logs them as failed."""
+        self._over.set()
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: Context
@@ -48,14 +54,16 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The status now, and each time it changes."""
+        """The status now, and each time it changes, until `end`."""
         shown = None
-        while True:
+        while not self._over.is_set():
             status = self._status(request.service)
             if status != shown:
                 shown = status
                 yield _Status(status=status)
-            await asyncio.sleep(WATCH_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await self._over.wait()
 
     def _status(self, service: str) -> int:
         is_fine = self._services.get(service)

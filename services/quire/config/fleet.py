@@ -14,6 +14,7 @@ from quire.config.option import option
 from quire.config.transfer import TransferConfig
 from quire.config.values import ConfigError, did_you_mean
 from quire.config.worker import ROLES
+from quire.config.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -185,14 +186,7 @@ def read_fleet(path: Path, transfer: TransferConfig) -> Fleet:
 
     Raises ConfigError naming the file and what to change.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     try:
         return fleet_from(content, transfer)
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from quire.config.base import ENV_PREFIX, options_of
 from quire.config.values import ConfigError, did_you_mean
 from quire.config.vllm import IGNORED, REFUSED, judge
+from quire.config.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -78,7 +79,7 @@ class Sources:
         """Take the keys of a YAML file: flag names, with - or _. Raises ConfigError."""
         by_key = {key: o for o in self.options.values() for key in o.keys}
         seen: dict[str, str] = {}
-        for raw, value in _read_yaml(path).items():
+        for raw, value in _read_options(path).items():
             key = str(raw).replace("-", "_")
             if key in IGNORED or key in REFUSED:
                 self._note(judge(key, value))
@@ -169,15 +170,8 @@ def _is_service_link(variable: str, text: str) -> bool:
     return bool(_SERVICE_LINK.fullmatch(variable) or _SERVICE_URL.match(text))
 
 
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+def _read_options(path: Path) -> dict[Any, Any]:
+    content = read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):

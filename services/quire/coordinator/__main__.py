@@ -11,6 +11,7 @@ import json
 import os
 import sys
 
+from quire.cluster.parent import parent_gone
 from quire.config.fleet import fleet_from
 from quire.coordinator.joining import prepare_environment
 from quire.telemetry.logging import configure
@@ -28,16 +29,7 @@ def main() -> int:
     prepare_environment()
     from quire.coordinator.server import serve
 
-    return asyncio.run(serve(fleet, ended=_stdin_closed, ends_with_fleet=True))
-
-
-async def _stdin_closed() -> None:
-    """Return when stdin ends: the process that started this one is gone."""
-    reader = asyncio.StreamReader()
-    protocol = asyncio.StreamReaderProtocol(reader)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
-    while await reader.read(4096):
-        pass
+    return asyncio.run(serve(fleet, ended=parent_gone, ends_with_fleet=True))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def demands(fleet: Fleet, replicas: Mapping[str, int]) -> list[Demand]:
 
 def demand(fleet: Fleet, pool: PoolConfig, replicas: int) -> Demand:
     """What a pool needs, with this number of replicas."""
-    ranks = fleet.model_of(pool.name).engine.tensor_parallel_size
+    ranks = fleet.model_of(pool.name).engine_of(pool.name).tensor_parallel_size
     return Demand(pool.name, replicas, pool.cpus, pool.gpus, pool.labels, ranks)
 
 

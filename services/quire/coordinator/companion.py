@@ -1,10 +1,11 @@
 """Keeps another host's part of a replica whose ranks span hosts: a supervisor beside rank 0's.
 
-    (rank 0's host known) ─▶ started ──rank 0 comes up──▶ ranks run ──gang ends──▶ started again
-                                └────── rank 0 has moved: ended, started again ──┘
+    (rank 0 runs) ─▶ started ──they meet──▶ ranks run ──gang ends──▶ started again
+                        └── rank 0 has moved, or died: ended, started again ──┘
 
 Rank 0's supervisor is asked where rank 0 meets the others, each time: neither needs the coordinator
-to find the other after a restart. What runs here is `quire.engine.parallel.node`.
+to find the other after a restart. What runs here is `quire.engine.parallel.node`, which ends with
+its gang by itself, unless it hangs.
 """
 
 from __future__ import annotations
@@ -38,29 +39,32 @@ class Companion(Supervisor):
         super().__init__(assignment, node_host)
 
     def _start(self) -> Engine:
-        """Once rank 0's host is known. Raises OSError."""
-        before = files.read_json(self._folder / files.ENGINE) or {}
+        """Once rank 0 runs. Raises OSError."""
         while not self._stopping.is_set():
-            if master := self._master():
-                return self._launch({}, "", before.get("gpus"), master)
+            report = self._ask()
+            if report is not None and report.master and report.pid:
+                return self._launch({}, "", report.master, report.pid)
             time.sleep(ASK_S)
         raise OSError("told to end before rank 0 was found")
-
-    def _master(self) -> str:
-        """Where rank 0 meets the others, empty while that is not known."""
-        report = self._ask()
-        return "" if report is None else report.master
 
     async def _watch(self, engine: Engine) -> float:
         """Until its ranks end or shall end, or rank 0 has moved; returns for how long they ran."""
         self._report = replace(self._report, state=State.READY)
+        self._proven = engine.digest  # what rank 0 refuses is not for good: it may be upgraded
         began = asked = time.monotonic()
         while engine.is_alive and not self._stopping.is_set():
             files.renew_lease(self._folder)
             if time.monotonic() - asked >= ASK_S:
-                master = await asyncio.to_thread(self._master)
+                report = await asyncio.to_thread(self._ask)
                 asked = time.monotonic()
-                if master not in ("", engine.master):
-                    engine_process.kill(engine)  # of a gang that rank 0's supervisor has given up
+                if report is not None and _is_another(report, engine):
+                    engine_process.kill(engine)  # of a gang that is no more
             await asyncio.sleep(WATCH_S)
         return time.monotonic() - began
+
+
+def _is_another(report: Report, engine: Engine) -> bool:
+    """Rank 0 is not the one that the engine's part here was started beside."""
+    has_moved = report.master not in ("", engine.master)
+    is_replaced = bool(report.pid and engine.leader) and report.pid != engine.leader
+    return has_moved or is_replaced

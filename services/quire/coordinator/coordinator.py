@@ -18,11 +18,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quire.config.address import ANY_HOST
-from quire.coordinator import assignments, capacity
+from quire.coordinator import assignments
 from quire.coordinator.joining import RayError
 from quire.coordinator.placement import HeadAway, Unreachable
 from quire.coordinator.reconcile import Place, Seen, SetRole, State, Stop, decide
 from quire.coordinator.replica import Replica
+from quire.coordinator.room import Refused, check_room
 from quire.coordinator.supervisor import StaleTerm
 from quire.coordinator.topology import Epoch, Pod, Topology, next_term
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from quire.coordinator.placement import RayCluster
     from quire.coordinator.reconcile import Action, Wanted
     from quire.coordinator.state import Record, StateFolder
+    from quire.coordinator.supervisor import Report
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +44,6 @@ LEAVE_S = 0.7
 """Between leaving the topology and draining: requests move while the engine hands out blocks."""
 STOP_POLL_S = 0.2
 STOP_GRACE_S = 10.0
-
-
-class Refused(Exception):
-    """A request that cannot be granted; the message says what to change."""
-
-
-class NoRoom(Refused):
-    """The nodes that there are do not hold every replica."""
 
 
 class Deposed(Exception):
@@ -71,6 +65,8 @@ class Coordinator:
         address. Raises StateError."""
         self.fleet = fleet
         self.replicas: dict[str, Replica] = {}
+        self.refused: dict[str, Report] = {}
+        """Pod -> last word of an engine that would refuse its options again; it has no place."""
         self.head_problem = ""
         self._cluster, self._folder, self._leads, self._drain = cluster, folder, leads, drain
         self._record: Record = folder.read()
@@ -121,7 +117,7 @@ class Coordinator:
         if found:
             logger.info("found running: %s", ", ".join(sorted(found)))
         else:
-            await self._check_room(self.numbers)
+            await check_room(self.fleet, self._cluster, self.numbers)
         if not await self._cluster.claim(about):
             raise Refused("another coordinator of this fleet starts at this moment")
         before = {pod.name: pod.address for pod in self.topology.pods}
@@ -146,8 +142,9 @@ class Coordinator:
                     looked = time.monotonic()
                     await self._check_leader()
                 await self._ask_all()
+                self._note_refusals()
                 self._publish()
-                for action in decide(self.wanted.values(), self._seen()):
+                for action in decide(self.wanted.values(), self._seen(), self.refused):
                     self._act(action)
                 await self._pause()
         finally:
@@ -191,6 +188,16 @@ class Coordinator:
             one.answers = False
             logger.debug("supervisor of %s: %s", pod, error)
 
+    def _note_refusals(self) -> None:
+        wanted = self.wanted
+        for pod, one in self.replicas.items():
+            if one.state is State.REFUSED and one.report is not None and pod not in self.refused:
+                logger.error("%s is refused: %s", pod, one.report.reason)
+                self.refused[pod] = one.report
+        for pod, report in tuple(self.refused.items()):
+            if pod not in wanted or report.digest != wanted[pod].digest:
+                del self.refused[pod]
+
     def _seen(self) -> dict[str, Seen]:
         return {
             pod: Seen(
@@ -229,8 +236,7 @@ class Coordinator:
             self.topology = topology
             hosts = {p: r.report.host for p, r in self.replicas.items() if r.report is not None}
             self._write(hosts=self._record.hosts | hosts, topology=topology)
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self.tell_readers()
 
     def _choose_address(self, pod: str, one: Replica) -> None:
         """A pod that came up elsewhere takes the old one's place once it is ready."""
@@ -251,6 +257,11 @@ class Coordinator:
         job = asyncio.create_task(self._drain(address), name=f"drain {address}")
         self._drains.add(job)
         job.add_done_callback(self._drains.discard)
+
+    def tell_readers(self) -> None:
+        """Have `changed` return."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def changed(self) -> None:
         """Return with the next topology."""
@@ -323,13 +334,22 @@ class Coordinator:
         except (Unreachable, TimeoutError):
             if one.published:  # its supervisor is gone, the engine may not be
                 await self._drain(one.published)
-        await self._cluster.remove(pod)
+        await self._give_place_back(pod)
         del self.replicas[pod]
+
+    async def _give_place_back(self, pod: str) -> None:
+        while True:
+            try:
+                return await self._cluster.remove(pod)
+            except HeadAway as error:
+                self.replicas[pod].problem = str(error)
+                await asyncio.sleep(LEADER_S)
 
     # ---- requests
 
     async def scale(self, numbers: Mapping[str, int]) -> None:
-        """Other numbers of replicas. Raises Refused, HeadAway; then nothing has changed."""
+        """Other numbers of replicas; those that were refused are tried again, also with the same
+        number. Raises Refused, HeadAway; then nothing has changed."""
         unknown = sorted(numbers.keys() - self.fleet.pools.keys())
         if unknown:
             raise Refused(
@@ -337,8 +357,10 @@ class Coordinator:
             )
         merged = self.numbers | dict(numbers)
         if any(merged[name] > self.numbers[name] for name in numbers):
-            await self._check_room(merged)
+            await check_room(self.fleet, self._cluster, merged)
         self._write(replicas=self._record.replicas | dict(numbers))
+        for pod in [pod for pod in self.refused if pod.rpartition("-")[0] in numbers]:
+            del self.refused[pod]
         self._wake.set()
 
     async def set_role(self, pod: str, role: str) -> None:
@@ -369,23 +391,3 @@ class Coordinator:
     async def drain_known(self) -> None:
         """End the engines of the last topology, where Ray cannot be asked to."""
         await asyncio.gather(*(self._drain(pod.address) for pod in self.topology.pods))
-
-    async def _check_room(self, numbers: Mapping[str, int]) -> None:
-        """Raises NoRoom, and Refused when a node has not got a model."""
-        nodes = await self._cluster.nodes()
-        lacking = capacity.shortage(nodes, assignments.demands(self.fleet, numbers))
-        if lacking is not None:
-            raise NoRoom(lacking)
-        try:
-            paths = list(assignments.model_paths(self.fleet))
-        except ValueError as error:
-            raise Refused(str(error)) from None
-        for path, pool in paths:
-            if not numbers[pool.name]:
-                continue
-            hosts = await self._cluster.missing(path, pool.labels)
-            if hosts:
-                raise Refused(
-                    f"{path} is not on node {hosts[0]}: copy it there, or keep pool {pool.name} "
-                    "off that node with node-label"
-                )

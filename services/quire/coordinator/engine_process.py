@@ -41,6 +41,8 @@ class Engine:
     """Devices it sees."""
     master: str = ""
     """Where rank 0 meets the ranks of other hosts, if there are any."""
+    leader: int = 0
+    """Process of rank 0 that it was started beside, where that is on another host; 0: not known."""
 
     @property
     def is_alive(self) -> bool:
@@ -62,6 +64,8 @@ class Launch:
     """Devices it shall see; None for those that this process sees."""
     master: str = ""
     """See `Engine`."""
+    leader: int = 0
+    """See `Engine`."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,14 @@ class Exit:
     last_lines: tuple[str, ...] = ()
 
     @property
+    def is_refusal(self) -> bool:
+        """The engine has said why it cannot serve."""
+        return self.code == CANNOT_SERVE and bool(self.last_lines)
+
+    @property
     def reason(self) -> str:
         """One line for people: what the engine said last when it ended by itself."""
-        if self.code == CANNOT_SERVE and self.last_lines:
+        if self.is_refusal:
             return last_word(self.last_lines)
         if self.code is not None and self.code < 0:
             return f"the engine was killed by {_signal_name(-self.code)}"
@@ -95,6 +104,7 @@ def find(folder: Path) -> Engine | None:
         about["digest"],
         about["gpus"],
         about.get("master", ""),
+        about.get("leader", 0),
     )
     return engine if engine.is_alive else None
 
@@ -120,6 +130,7 @@ def start(folder: Path, launch: Launch) -> Engine:
                 "digest": launch.digest,
                 "gpus": gpus,
                 "master": launch.master,
+                "leader": launch.leader,
             },
         },
     )

@@ -3,6 +3,7 @@
 (not there) --Place--> placing -> starting -> ready --Stop--> stopping -> (not there)
                                      ▲  └ dies ┘
                                  restarting, failed: its supervisor tries again by itself
+                                 refused ──Stop──▶ (not there), until somebody asks again
 unreachable: its supervisor does not answer; its engine may well serve, so it is left alone
 """
 
@@ -13,7 +14,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
 
 class State(StrEnum):
@@ -26,7 +27,9 @@ class State(StrEnum):
     RESTARTING = "restarting"
     """The engine died; its supervisor waits before the next attempt."""
     FAILED = "failed"
-    """The engine says that it cannot serve."""
+    """The engine cannot be started, or not again; its supervisor waits before the next attempt."""
+    REFUSED = "refused"
+    """The engine says that it cannot serve with these options."""
     UNREACHABLE = "unreachable"
     STOPPING = "stopping"
 
@@ -84,8 +87,11 @@ def pod_names(pool: str, replicas: int) -> list[str]:
     return [f"{pool}-{number}" for number in range(replicas)]
 
 
-def decide(wanted: Iterable[Wanted], seen: Mapping[str, Seen]) -> list[Action]:
-    """Every action that is due. Doing them, and asking again, ends with what is wanted.
+def decide(
+    wanted: Iterable[Wanted], seen: Mapping[str, Seen], refused: Collection[str] = ()
+) -> list[Action]:
+    """Every action that is due. Doing them, and asking again, ends with what is wanted, but for
+    `refused`: replicas whose engines would refuse their options again. They hold no place.
 
     What runs with an old digest is replaced one replica at a time per model, and a ready one only
     while all others of the model are ready.
@@ -97,7 +103,9 @@ def decide(wanted: Iterable[Wanted], seen: Mapping[str, Seen]) -> list[Action]:
     for name, want in sorted(by_name.items()):
         have = seen.get(name)
         if have is None:
-            actions.append(Place(name))
+            actions += [Place(name)] if name not in refused else []
+        elif have.state is State.REFUSED:
+            actions.append(Stop(name))
         elif have.role not in (None, want.role) and have.state is not State.STOPPING:
             actions.append(SetRole(name, want.role))
     return actions + [Stop(name) for name in _outdated(by_name, seen)]
@@ -111,7 +119,9 @@ def _outdated(wanted: Mapping[str, Wanted], seen: Mapping[str, Seen]) -> list[st
         old = [
             name
             for name, want in sorted(own.items())
-            if name in seen and seen[name].digest not in (None, want.digest)
+            if name in seen
+            and seen[name].digest not in (None, want.digest)
+            and seen[name].state is not State.REFUSED
         ]
         unready = {n for n in own if n not in seen or seen[n].state is not State.READY}
         if any(name in seen and seen[name].state is State.STOPPING for name in own):

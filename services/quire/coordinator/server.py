@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING
 
 from quire.cluster.rpc import Cluster
 from quire.coordinator.client import drain_engine, leads
-from quire.coordinator.coordinator import Coordinator, Deposed, NoRoom, Refused
+from quire.coordinator.coordinator import Coordinator, Deposed
 from quire.coordinator.joining import RayError
 from quire.coordinator.placement import HeadAway, RayCluster
+from quire.coordinator.room import NoRoom, Refused
 from quire.coordinator.service import CoordinatorService
+from quire.coordinator.splits import check_splits
 from quire.coordinator.state import StateError, StateFolder
 from quire.proto import coordinator_pb2_grpc
 from quire.telemetry.instruments import new_registry, render
@@ -66,7 +68,10 @@ async def serve(
         network.bind(server, fleet.coordinator.listen)
         status = _serve_status(fleet, service)
         await server.start()
-        return await _run(coordinator, service, ray, _Ending(ended, ends_with_fleet))
+        try:
+            return await _run(coordinator, service, ray, _Ending(ended, ends_with_fleet))
+        finally:
+            service.end()
     except (StateError, Refused, RayError) as error:
         return _cannot(str(error))
     except OSError as error:
@@ -118,12 +123,14 @@ class _Ending:
         """Return when it shall end."""
         parent = asyncio.ensure_future(self._ended())
         asked = asyncio.ensure_future(self._event.wait())
-        await asyncio.wait((parent, asked), return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait((parent, asked), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in (parent, asked):
+                one.cancel()
         if parent.done():
             parent.result()
             self.with_fleet = self._ends_with_fleet
-        for one in (parent, asked):
-            one.cancel()
 
 
 async def _run(
@@ -151,6 +158,10 @@ async def _run(
 async def _work(coordinator: Coordinator, service: CoordinatorService, ray: RayCluster) -> None:
     """Raises Refused and RayError while nothing runs yet, and Deposed."""
     config = coordinator.fleet.coordinator
+    try:
+        await check_splits(coordinator.fleet)
+    except ValueError as error:
+        raise Refused(str(error)) from None
     deadline = time.monotonic() + config.ray_wait_s
     connected = False
     while True:

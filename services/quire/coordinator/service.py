@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from quire.coordinator.coordinator import Refused
 from quire.coordinator.placement import HeadAway
 from quire.coordinator.reconcile import State
+from quire.coordinator.replica import Replica
+from quire.coordinator.room import Refused
 from quire.coordinator.supervisor import WEIGHTS
 from quire.proto import coordinator_pb2, coordinator_pb2_grpc
 
@@ -30,6 +31,12 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     def __init__(self, coordinator: Coordinator, cluster: RayCluster) -> None:
         self._coordinator, self._cluster = coordinator, cluster
         self.charge = asyncio.Event()
+        self._is_over = False
+
+    def end(self) -> None:
+        """The server stops next: end the streams, or it cuts them off and logs them as failed."""
+        self._is_over = True
+        self._coordinator.tell_readers()
 
     @property
     def in_charge(self) -> bool:
@@ -50,7 +57,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             have = ", ".join(names)
             said = f"the fleet has no model {model}" if model else "the fleet has several models"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{said}: ask for one of {have}")
-        while True:
+        while not self._is_over:
             if self._coordinator.term:
                 yield self._topology(model)
             with contextlib.suppress(TimeoutError):
@@ -136,12 +143,14 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             )
             model = one.fleet.model_of(name).name
             reply.pools.add(pool=name, model=model, wanted=wanted, ready=ready)
-        for pod in sorted(one.replicas):
+        for pod in sorted(one.replicas.keys() | one.refused.keys()):
             self._describe(reply.pods.add(pod=pod), pod)
         return reply
 
     def _describe(self, status: coordinator_pb2.PodStatus, pod: str) -> None:
-        one = self._coordinator.replicas[pod]
+        one = self._coordinator.replicas.get(pod) or Replica(
+            self._coordinator.refused[pod], answers=True
+        )
         want = self._coordinator.wanted.get(pod)
         status.pool = pod.rpartition("-")[0]
         status.state = one.state

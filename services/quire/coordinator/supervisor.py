@@ -4,7 +4,8 @@
       start ─▶ │ dies                │ dies
         ▲      ▼                     ▼
         └─ restarting: 0.5, 1, 2 ... 30 s; back to the first after a calm minute
-           failed: it said that it cannot serve, tried again every 30 s
+           failed: tried again every 30 s
+           refused: it said that it cannot serve with these options, and never has; for good
 
 An engine that was ready and answers no probe any more is killed: one that is stopped, or whose
 event loop hangs, would never die. A restarted engine keeps its port and its devices: who knows its
@@ -17,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +132,8 @@ class Supervisor:
         self._term = assignment.term
         self._cluster = Cluster(ClusterConfig(**assignment.cluster))
         self._report = Report(State.STARTING, assignment.digest, assignment.role, host=node_host)
+        self._proven = ""
+        """Digest of options with which the engine has been ready here."""
         self._stopping = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name=assignment.pod, daemon=True)
@@ -205,13 +209,12 @@ class Supervisor:
         master = ""
         if self._assignment.nodes > 1:
             master = self._free_address(before.get("master", ""), 0)
-        return self._launch(own, address, before.get("gpus"), master)
+        return self._launch(own, address, master)
 
-    def _launch(
-        self, own: dict[str, Any], address: str, gpus: str | None, master: str = ""
-    ) -> Engine:
+    def _launch(self, own: dict[str, Any], address: str, master: str, leader: int = 0) -> Engine:
         """With options of its own beside those of the pool. Raises OSError."""
         a = self._assignment
+        before = files.read_json(self._folder / files.ENGINE) or {}
         if master:
             host, port = split_address(master)
             own |= {"nnodes": a.nodes, "node_rank": a.node}
@@ -222,8 +225,9 @@ class Supervisor:
             digest=a.digest,
             token=a.cluster.get("cluster_token"),
             orphan_s=a.orphan_s,
-            gpus=gpus,
+            gpus=before.get("gpus"),
             master=master,
+            leader=leader,
         )
         engine = engine_process.start(self._folder, launch)
         self._show(engine, adopted=False)
@@ -280,19 +284,20 @@ class Supervisor:
         role = {pair: role for role, pair in WEIGHTS.items()}.get(weights, "both")
         took_s = 0.0 if self._report.adopted else took_s
         self._report = replace(self._report, state=State.READY, role=role, startup_s=took_s)
+        self._proven = self._report.digest
 
     async def _recover(self, ended: Exit, delay_s: float) -> None:
         """Say what happened, and wait before the next attempt."""
-        cannot = ended.code == engine_process.CANNOT_SERVE
+        state, restarts = State.RESTARTING, self._report.restarts + 1
+        if ended.is_refusal and self._proven == self._assignment.digest:
+            state, delay_s = State.FAILED, LONGEST_DELAY_S  # something around it has changed
+        elif ended.is_refusal:
+            state, restarts, delay_s = State.REFUSED, restarts - 1, math.inf
         self._report = replace(
-            self._report,
-            state=State.FAILED if cannot else State.RESTARTING,
-            reason=ended.reason,
-            pid=0,
-            restarts=self._report.restarts + 1,
+            self._report, state=state, reason=ended.reason, pid=0, restarts=restarts
         )
         logger.error("%s: %s", self._assignment.pod, ended.reason)
-        await self._pause(LONGEST_DELAY_S if cannot else delay_s)
+        await self._pause(delay_s)
 
     async def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -62,7 +62,7 @@ class EngineRequest:
     deadline: float | None = None
     """time.monotonic() after which the answer is of no use."""
     cache_salt: bytes = b""
-    """Tenant's salt: seeds the block hashes, so that prefixes are shared within a tenant only."""
+    """Seeds the block hashes: prefixes are shared between requests of the same salt only."""
     resumed: dict[int, list[int]] = field(default_factory=dict)
     """Choices to go on with and the tokens that earlier attempts gave them; empty at first. Choices
     not listed have ended."""

@@ -8,6 +8,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from quire.api.errors import ApiError
+from quire.gateway.cache_salt import tenant_salt
 from quire.gateway.scope import header, path_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ PUBLIC = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping", "/vers
 ADMIN = frozenset({"/sleep", "/wake_up", "/is_sleeping"})
 """Paths that need the admin key instead."""
 KEY_VARIABLES = ("QUIRE_API_KEY", "VLLM_API_KEY")
-SALT_BYTES = 16
 
 
 def api_keys(
@@ -48,8 +48,7 @@ class Authentication:
         # elsewhere
         if scope["type"] == "http" and self._digests and path_of(scope) not in PUBLIC | ADMIN:
             digest = _authenticate(scope, self._digests)
-            salt = hashlib.blake2b(digest, digest_size=SALT_BYTES, person=b"quire tenant").digest()
-            scope.setdefault("state", {})["cache_salt"] = salt
+            scope.setdefault("state", {})["tenant"] = tenant_salt(digest)
         await self._app(scope, receive, send)
 
 

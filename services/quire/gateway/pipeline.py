@@ -28,6 +28,7 @@ from quire.api.errors import echo
 from quire.api.openai import Head
 from quire.api.sampling import check_token_ids, new_seed
 from quire.gateway.answers import Answer, ChatAnswer, CompletionAnswer, collect
+from quire.gateway.cache_salt import request_salt
 from quire.gateway.chat_request import parse_chat
 from quire.gateway.completion_request import parse_completion
 from quire.gateway.fields import Fields
@@ -229,7 +230,7 @@ def _submits(
             request, prompt, params.seed if params.seed is not None else new_seed()
         )
         submit.request_id = f"{scope['state']['request_id']}-{i}"[:MAX_HEADER]
-        submit.cache_salt = tenant_of(scope)
+        submit.cache_salt = request_salt(tenant_of(scope), request.cache_salt)
         if timeout_s:
             submit.timeout_ms = max(1, round(timeout_s * 1000))
         submits.append(submit)

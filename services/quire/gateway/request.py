@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quire.text.chat_template import ChatRequest
 
 INT32_MAX = 2**31 - 1
+MAX_CACHE_SALT = 256
 MAX_CHOICES = 64
 """Prompts times choices of one request."""
 
@@ -46,6 +47,8 @@ class GenerationRequest:
     truncate_prompt: int | None = None
     """Keep this many last tokens of the prompt; -1 for what the context holds."""
     priority: int = 0
+    cache_salt: str | None = None
+    """Share cached prefixes only with requests that name the same one."""
     ignored: tuple[str, ...] = ()
     """Fields with no meaning here."""
 
@@ -73,5 +76,13 @@ def common(fields: Fields) -> dict[str, Any]:
     return {
         "delivery": delivery(fields),
         "truncate_prompt": fields.integer("truncate_prompt_tokens", -1, INT32_MAX),
+        "cache_salt": _cache_salt(fields),
         "priority": fields.integer("priority", -INT32_MAX - 1, INT32_MAX) or 0,
     }
+
+
+def _cache_salt(fields: Fields) -> str | None:
+    salt = fields.string("cache_salt", max_length=MAX_CACHE_SALT)
+    if salt == "":
+        raise invalid("cache_salt", "'cache_salt' must not be empty.")
+    return salt

@@ -23,7 +23,7 @@ STRUCTURED = (
 STEERING = (
     "kv_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "remote_host",
     "remote_port", "remote_block_ids", "remote_engine_id", "data_parallel_rank",
-    "routed_dp_rank", "cache_salt",
+    "routed_dp_rank",
 )  # fmt: skip
 NOT_YET = (
     "prompt_embeds", "logits_processors", "mm_processor_kwargs", "lora_path",

@@ -56,7 +56,7 @@ def timeout_of(scope: Scope, default_s: float) -> float:
 
 def tenant_of(scope: Scope) -> bytes:
     """Who asks: the salt of the API key's prefix cache, empty where no keys are needed."""
-    salt: bytes = scope["state"].get("cache_salt", b"")
+    salt: bytes = scope["state"].get("tenant", b"")
     return salt
 
 

@@ -75,7 +75,7 @@ class Submit(_message.Message):
     timeout_ms: _builtins.int
     """time left until the deadline when the message was sent"""
     cache_salt: _builtins.bytes
-    """tenant's salt: seeds the block hashes"""
+    """seeds the block hashes: who shares prefixes"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property

@@ -11,6 +11,7 @@ import asyncio
 import json
 import sys
 
+from quire.cluster.parent import parent_gone
 from quire.config.address import is_local
 from quire.config.base import from_mapping
 from quire.config.cluster import ClusterConfig
@@ -33,22 +34,13 @@ def main() -> int:
         print(f"quire: error: bad router options: {error}", file=sys.stderr)
         return CANNOT_SERVE
     configure(raw.get("log_level", "info"), raw.get("log_format", "text"))
-    return asyncio.run(serve(options, _stdin_closed))
+    return asyncio.run(serve(options, parent_gone))
 
 
 def _check_listen(address: str) -> str:
     if not is_local(address):
         raise ValueError(f"listen address {address!r} must be unix:/path or loopback")
     return address
-
-
-async def _stdin_closed() -> None:
-    """Return when stdin ends: the process that started this one is gone."""
-    reader = asyncio.StreamReader()
-    protocol = asyncio.StreamReaderProtocol(reader)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
-    while await reader.read(4096):
-        pass
 
 
 if __name__ == "__main__":

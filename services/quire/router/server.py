@@ -89,6 +89,7 @@ async def serve(options: RouterOptions, orphaned: Callable[[], Awaitable[None]])
     try:
         await _until_one_ends(watching, orphaned(), _signalled(), *status, *telling)
     finally:
+        health.end()
         await server.stop(STOP_GRACE_S)
     return 0
 

@@ -28,16 +28,34 @@ def locate(model: str, revision: str | None = None, files: tuple[str, ...] = TEX
     A hub id's `files` are downloaded into the hub's cache (HF_HOME, HF_TOKEN and HF_HUB_OFFLINE
     apply). Raises ModelNotFound with what to check.
     """
+    if (folder := _local(model)) is not None:
+        return folder
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ModelNotFound(f"no model folder at {model!r}, and it is not a Hugging Face id")
+    return _download(model, revision, files)
+
+
+def locate_here(model: str, revision: str | None = None) -> Path | None:
+    """The folder, where `locate` would find a config.json without a download; else None."""
+    if (folder := _local(model)) is not None or model.count("/") != 1:
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _local(model: str) -> Path | None:
     if model == "demo":
         from quire import demo
 
         return demo.path()
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelNotFound(f"no model folder at {model!r}, and it is not a Hugging Face id")
-    return _download(model, revision, files)
+    return folder if folder.is_dir() else None
 
 
 def _download(model: str, revision: str | None, files: tuple[str, ...]) -> Path:

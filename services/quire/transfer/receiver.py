@@ -79,7 +79,7 @@ class Receiver:
         """Those with blocks that are ready and wait for a place, the first to get one first."""
         self._committed: OrderedDict[TransferRef, None] = OrderedDict()
         self._early: OrderedDict[tuple[ReceivingLink, TransferRef], Header] = OrderedDict()
-        """OPENs of references that are not known here yet."""
+        """OPENs of references that are not known here yet, of senders that are still there."""
 
     def __len__(self) -> int:
         return len(self._incoming)
@@ -231,6 +231,8 @@ class Receiver:
 
     def lost(self, link: ReceivingLink) -> None:
         """A link ended."""
+        for early in [early for early in self._early if early[0] is link]:
+            del self._early[early]  # admitted, it would take the place of the rank's next link
         for incoming in list(self._incoming.values()):
             for rank, other in list(incoming.links.items()):
                 if other is link:
@@ -251,7 +253,9 @@ class Receiver:
         elif header.kind == Kind.KEEP and (link, ref) in self._early:
             self._early[link, ref] = self._early[link, ref]._replace(num=header.num)
             link.post(header_of(Kind.KEEP, ref))
-        elif header.kind != Kind.FAIL:
+        elif header.kind == Kind.FAIL:
+            self._early.pop((link, ref), None)
+        else:
             self.fence(link, header)
 
     def _do(self, incoming: Incoming, effects: list[Effect]) -> None:

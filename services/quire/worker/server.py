@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from grpc_health.v1 import health_pb2_grpc
 
 from quire.cluster.health import HealthService
+from quire.cluster.parent import parent_gone
 from quire.cluster.rpc import PLAIN, Cluster
 from quire.engine.engine import Engine
 from quire.proto import worker_pb2_grpc
@@ -121,6 +122,8 @@ async def serve(options: WorkerOptions) -> int:
     finally:
         if status is not None:
             status.cancel()
+        service.end()
+        health.end()
         await server.stop(grace=FLUSH_S)
 
 
@@ -144,7 +147,7 @@ async def _run(
     options: WorkerOptions, service: WorkerService, instruments: Instruments, stop: asyncio.Event
 ) -> int:
     report = _PhaseTimes(service, instruments)
-    orphaned = asyncio.create_task(_stdin_closed() if options.ends_with_stdin else stop.wait())
+    orphaned = asyncio.create_task(parent_gone() if options.ends_with_stdin else stop.wait())
     stopped = asyncio.create_task(stop.wait())
     load = asyncio.to_thread(Engine.load, options.engine, report, options.spread)
     loading = asyncio.create_task(load)
@@ -194,15 +197,6 @@ async def _watch_engine(service: WorkerService, loop: EngineLoop, stall_timeout_
             service.fail_all(f"the engine made no progress for {stalled:.0f} s")
             return
         await asyncio.sleep(WATCHDOG_S)
-
-
-async def _stdin_closed() -> None:
-    """Return when stdin ends: the process that started this one is gone."""
-    reader = asyncio.StreamReader()
-    protocol = asyncio.StreamReaderProtocol(reader)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
-    while await reader.read(4096):
-        pass
 
 
 def _publish_facts(engine: Engine, instruments: Instruments) -> None:

@@ -158,9 +158,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """The engine stops: end what is exchanged with other workers."""
         self._loop = None
         self._sessions.detach()
-        self._standing.end()
+        self.end()
         if self._disaggregation is not None:
             await self._disaggregation.close()
+
+    def end(self) -> None:
+        """The server is about to stop: whoever watches is told by the end of the stream."""
+        self._standing.end()
 
     # ---- Sink: called on the engine thread
 
@@ -262,6 +266,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             if shown != self._startup:
                 shown = self._startup
                 yield worker_pb2.WorkerUpdate(startup=shown)
+            if self._standing.is_over:
+                return
             await asyncio.sleep(WATCH_STARTUP_S)
         model = convert.model_info(loop.engine, self.incarnation)
         model.address = self.address

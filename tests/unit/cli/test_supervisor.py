@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from waiting import until
 
 from quire.cli.supervisor import Patience, Supervisor, private_folder
 
@@ -49,14 +50,6 @@ def make(tmp_path):
 
     factory.runs = lambda: log.read_text().split() if log.exists() else []
     return factory
-
-
-async def until(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("did not happen within 10 s")
 
 
 def gone(pid):

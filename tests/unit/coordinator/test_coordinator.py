@@ -12,10 +12,13 @@ from fake_ray_cluster import FakeRayCluster
 from quire.config.fleet import fleet_from
 from quire.coordinator import coordinator as module
 from quire.coordinator.capacity import Node
-from quire.coordinator.coordinator import Coordinator, Deposed, Refused
+from quire.coordinator.coordinator import Coordinator, Deposed
 from quire.coordinator.placement import HeadAway
 from quire.coordinator.reconcile import State
+from quire.coordinator.room import Refused
+from quire.coordinator.service import CoordinatorService
 from quire.coordinator.state import StateError, StateFolder
+from quire.proto import coordinator_pb2
 
 
 def make_fleet(replicas: int = 2, **fields):
@@ -239,6 +242,74 @@ async def test_a_role_that_is_not_taken_is_not_kept(tmp_path):
         await world.until(lambda: world.cluster.reports["p-1"].role == "decode")
         await asyncio.sleep(0.1)
         assert world.cluster.reports["p-1"].role == "decode"
+
+
+async def states(world: World) -> dict[str, tuple[str, str, str]]:
+    """Pod -> state, reason, address, as `quire status` has them."""
+    service = CoordinatorService(world.coordinator, world.cluster)
+    status = await service.Status(coordinator_pb2.StatusRequest(), None)
+    return {pod.pod: (pod.state, pod.reason, pod.address) for pod in status.pods}
+
+
+async def test_a_refused_replica_gives_its_place_back_and_waits_until_somebody_asks(tmp_path):
+    cluster = FakeRayCluster()
+    cluster.refusing["p-1"] = "no such dtype: give another"
+    async with running(tmp_path, cluster=cluster) as world:
+        await world.until(lambda: ("remove", "p-1") in cluster.log)
+        await asyncio.sleep(0.1)
+        assert [each for each in cluster.log if each[1] == "p-1"] == [
+            ("place", "p-1"), ("stop", "p-1"), ("remove", "p-1"),
+        ]  # fmt: skip
+        assert set(world.pods()) == {"p-0"}
+        shown = await states(world)
+        assert shown["p-1"] == ("refused", "no such dtype: give another", "")
+        assert shown["p-0"][0] == "ready"
+
+        await world.coordinator.scale({"p": 2})
+        await world.until(lambda: cluster.log.count(("remove", "p-1")) == 2)
+        cluster.refusing.clear()
+        await world.coordinator.scale({"p": 2})
+        await world.until(lambda: set(world.pods()) == {"p-0", "p-1"})
+        assert (await states(world))["p-1"][:2] == ("ready", "")
+
+
+async def test_a_refused_replica_is_tried_with_other_options_and_forgotten_with_its_pool(tmp_path):
+    cluster = FakeRayCluster()
+    cluster.refusing = {"p-0": "no", "p-1": "no"}
+    async with running(tmp_path, cluster=cluster) as world:
+        await world.until(lambda: set(world.coordinator.refused) == {"p-0", "p-1"})
+        await world.coordinator.scale({"p": 0})
+        await world.until(lambda: world.coordinator.refused == {})
+        await world.until(lambda: world.coordinator.replicas == {})
+        await world.coordinator.scale({"p": 1})
+        await world.until(lambda: cluster.log.count(("remove", "p-0")) == 2)
+        assert await states(world) == {"p-0": ("refused", "no", "")}
+    cluster.refusing = {}
+    async with running(tmp_path, cluster=cluster, fleet=make_fleet(cpus=2)) as world:
+        await world.until(lambda: set(world.pods()) == {"p-0"})
+
+
+async def test_a_place_is_given_back_when_the_head_is_there_again(tmp_path):
+    async with running(tmp_path) as world:
+        await world.until(lambda: len(world.pods()) == 2)
+        world.cluster.head_is_away = True
+        await world.coordinator.scale({"p": 1})
+        await world.until(lambda: ("stop", "p-1") in world.cluster.log)
+        await world.until(lambda: world.coordinator.replicas["p-1"].problem != "")
+        assert set(world.pods()) == {"p-0"}
+        world.cluster.head_is_away = False
+        await world.until(lambda: "p-1" not in world.coordinator.replicas)
+        assert ("remove", "p-1") in world.cluster.log
+
+
+async def test_readers_of_the_topology_see_the_stream_end_with_the_server(tmp_path):
+    async with running(tmp_path) as world:
+        service = CoordinatorService(world.coordinator, world.cluster)
+        stream = service.Watch(coordinator_pb2.TopologyRequest(), None)
+        await anext(stream)
+        service.end()
+        async with asyncio.timeout(5):
+            assert [each async for each in stream] == []
 
 
 def test_a_damaged_record_is_named(tmp_path):

@@ -63,6 +63,13 @@ def test_a_missing_file_is_named(tmp_path):
         read_fleet(tmp_path / "fleet.yaml", TransferConfig())
 
 
+def test_the_ranks_of_a_pool_are_those_of_its_own_engine():
+    pools = [{"name": "p", "gpus": 4, "engine": {"tensor_parallel_size": 4}}, {"name": "q"}]
+    fleet = make_fleet(models=[{"engine": {"tensor_parallel_size": 2}, "pools": pools}])
+    ranks = {each.pool: each.ranks for each in assignments.demands(fleet, {"p": 1, "q": 1})}
+    assert ranks == {"p": 4, "q": 2}
+
+
 def test_a_relative_model_is_refused_because_hosts_differ():
     engine = {"model": "./here"}
     fleet = make_fleet(models=[{"engine": engine, "pools": [{"name": "p"}]}])

@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
+from waiting import wait_until
 
 from quire.coordinator import engine_process, files
 from quire.coordinator.files import Identity
@@ -30,13 +30,6 @@ def run_keeper(folder, code: str, orphan_s: float = 60.0):
     subprocess.run(keeper, check=True, timeout=30, start_new_session=True)
     wait_until((folder / files.ENGINE).exists)
     return engine_process.find(folder)
-
-
-def wait_until(true, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from waiting import wait_until
 
 from quire.config.node import NodeConfig
 from quire.coordinator import engine_process, files
@@ -46,13 +46,6 @@ signal.signal(signal.SIGTERM, end)
 print("engine is up", flush=True)
 time.sleep(60)
 """
-
-
-def wait_until(true, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class LocalNode:

@@ -41,6 +41,19 @@ def test_a_silent_supervisor_is_left_alone():
     assert decide([want("p-0")], {"p-0": see("p-0", State.UNREACHABLE)}) == []
 
 
+def test_what_is_refused_goes_and_is_not_placed_again_until_it_is_forgotten():
+    wanted, seen = [want("p-0"), want("p-1")], {"p-0": see("p-0", State.REFUSED), "p-1": see("p-1")}
+    assert decide(wanted, seen, {"p-0"}) == [Stop("p-0")]
+    del seen["p-0"]
+    assert decide(wanted, seen, {"p-0"}) == []
+    assert decide(wanted, seen) == [Place("p-0")]
+
+
+def test_a_refused_replica_holds_up_the_update_of_those_that_serve():
+    wanted, seen = [want("p-0"), want("p-1")], {"p-1": see("p-1", digest="old")}
+    assert decide(wanted, seen, {"p-0"}) == []
+
+
 def test_a_role_is_set_where_it_differs():
     seen = {"p-0": see("p-0", role="decode")}
     assert decide([want("p-0", role="prefill")], seen) == [SetRole("p-0", "prefill")]
@@ -77,7 +90,13 @@ def test_it_always_ends_with_what_is_wanted(wanted_names, found):
     for _ in range(40):
         actions = decide(wanted, seen)
         ready_before = {name for name, one in seen.items() if one.state is State.READY}
-        outdated = [a for a in actions if isinstance(a, Stop) and a.name in wanted_names]
+        outdated = [
+            a
+            for a in actions
+            if isinstance(a, Stop)
+            and a.name in wanted_names
+            and seen[a.name].state is not State.REFUSED
+        ]
         assert len(outdated) <= 1
         if outdated and outdated[0].name in ready_before:
             assert ready_before >= wanted_names, "a ready one goes while another is not ready"

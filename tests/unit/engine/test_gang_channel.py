@@ -20,7 +20,10 @@ from quire.engine.parallel import greeting
 from quire.engine.parallel.calls import Calls, answer_to
 from quire.engine.parallel.channel import Channel, Kind
 from quire.engine.parallel.duties import OwnHost
+from quire.engine.parallel.gang import Gang, RankFailed
 from quire.engine.parallel.kv import config_of
+from quire.engine.parallel.members import Member, Node
+from quire.engine.parallel.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +212,15 @@ def test_each_rank_is_reached_for_kv_blocks_at_its_host(
     of_rank = config_of(config, 3, own_host)
     assert (of_rank.kv_host, of_rank.kv_advertised_host) == (listens, advertised)
     assert (of_rank.kv_tcp_port, of_rank.kv_grpc_port) == (7003, 0)
+
+
+def test_a_rank_that_is_gone_before_its_welcome_was_lost(clusters) -> None:
+    """And has refused nothing: whoever supervises the engine starts it again."""
+    channel, other = connect(clusters["plain"], clusters["plain"])
+    watch = Watch([Member(1, node=Node(1), channel=channel)], [], lambda *_: None)
+    gang = Gang(watch, Calls(lambda *_: None), "127.0.0.1")
+    channel.close()
+    with pytest.raises(RankFailed, match=r"rank 1 .*closed its connection"):
+        gang.join()
+    gang.close()
+    other.close()

@@ -12,6 +12,7 @@ import pytest
 from fake_pod import FakePod, serving
 from prometheus_client.registry import CollectorRegistry
 from routing import chain, make_query
+from waiting import until
 
 from quire.api import block_hash
 from quire.config.router import RouterConfig
@@ -245,12 +246,6 @@ async def running(job):
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,16 @@ import asyncio
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quire.api.errors import ApiError
 from quire.gateway.admission import Admission
 from quire.gateway.auth import Authentication, api_keys
+from quire.gateway.cache_salt import SALT_BYTES, request_salt, tenant_salt
 from quire.gateway.pacemaker import Pacemaker
 from quire.gateway.replies import Replies
-from quire.gateway.scope import path_of, sanitized, timeout_of
+from quire.gateway.scope import path_of, sanitized, tenant_of, timeout_of
 
 
 def test_places_are_given_back_whatever_happens():
@@ -68,8 +71,27 @@ async def test_salt_depends_on_the_key_alone():
     for key in (b"one", b"two", b"one"):
         made = scope(headers=[(b"authorization", b"Bearer " + key)])
         await let_through(authentication, made)
-        salts.append(made["state"]["cache_salt"])
+        salts.append(tenant_of(made))
     assert salts[0] == salts[2] != salts[1]
+
+
+TENANTS = st.sampled_from([b"", tenant_salt(b"one"), tenant_salt(b"two")])
+ASKED = st.none() | st.text(min_size=1, max_size=4)
+
+
+@given(TENANTS, ASKED, TENANTS, ASKED)
+def test_prefixes_are_shared_within_a_tenant_and_what_it_asks_for(tenant, asked, other, wanted):
+    salts = request_salt(tenant, asked), request_salt(other, wanted)
+    assert (salts[0] == salts[1]) == ((tenant, asked) == (other, wanted))
+
+
+def test_a_request_cannot_ask_for_another_tenants_prefixes():
+    """Not by its salt, in any spelling, and not where no keys are needed."""
+    victim = tenant_salt(b"victim")
+    for asked in ("victim", str(victim, "latin-1"), victim.hex()):
+        assert request_salt(b"", asked) != victim != request_salt(tenant_salt(b"own"), asked)
+    assert request_salt(victim, None) == victim
+    assert len(request_salt(victim, "x" * 256)) == SALT_BYTES
 
 
 async def test_lifespan_needs_no_key():

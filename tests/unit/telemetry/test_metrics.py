@@ -73,6 +73,7 @@ def samples(registry):
 def test_names_are_unique_and_follow_the_conventions():
     names = [name for d in m.DECLARATIONS for name in d.exported_names]
     assert len(names) == len(set(names))
+    assert {id(d) for d in m.DECLARATIONS} <= {id(v) for v in vars(m).values()}, "one hides another"
     for d in m.DECLARATIONS:
         assert d.name.startswith("quire_")
         assert not d.name.endswith("_total"), "the exposition adds it"

@@ -4,7 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from transfers import LAYOUT, config
+from transfers import LAYOUT, Quiet, config
 
 from quire.transfer.base import Node
 from quire.transfer.frames import (
@@ -19,28 +19,16 @@ from quire.transfer.frames import (
     unpack,
 )
 from quire.transfer.intake import Intake
-from quire.transfer.layout import FRAME_BYTES, Shard, block_bytes
+from quire.transfer.layout import Shard, block_bytes
 from quire.transfer.link import LinkState
 from quire.transfer.memory import HostMemory
 from quire.transfer.negotiate import Identity
-from quire.transfer.receiver import Receiver
+from quire.transfer.receiver import Receiver, write_refusal
 from quire.transfer.receiving_link import ReceivingLink
-from quire.transfer.state import Delivered, TransferRef
+from quire.transfer.state import Delivered, Failure, TransferRef
 
 SIZE = block_bytes(LAYOUT, Shard())
 REF = TransferRef(7, 1, 5)
-
-
-class Quiet:
-    """A channel to nobody."""
-
-    frame_bytes = FRAME_BYTES
-
-    def start(self, intake, closed):
-        pass
-
-    def close(self):
-        pass
 
 
 class Side:
@@ -140,20 +128,69 @@ def test_a_frame_that_the_end_of_its_transfer_cut_short_is_fenced(side):
     assert answers(link)[-1] == Kind.FENCED
 
 
-def test_a_sender_that_was_early_may_speak_before_it_is_admitted():
-    async def run():
+class Second:
+    """A receiver of rank 1: senders may be there before it hears of their transfer."""
+
+    def __init__(self) -> None:
         pool = np.zeros((8, SIZE), np.uint8)
         identity = Identity(LAYOUT, Shard(1, 2), "d", 5, 1.0)
-        node = Node(identity, config(), HostMemory(pool, SIZE), lambda: 0.0)
-        receiver = Receiver(node, [].append)
-        link = ReceivingLink(Quiet(), "tcp", node, receiver)
+        self.node = Node(identity, config(), HostMemory(pool, SIZE), lambda: 0.0)
+        self.receiver = Receiver(self.node, [].append)
+
+    def link(self) -> ReceivingLink:
+        """A link whose sender has opened a transfer that nobody promised yet."""
+        link = ReceivingLink(Quiet(), "tcp", self.node, self.receiver)
         link.state = LinkState.READY
-        receiver.on_frame(link, header_of(Kind.OPEN, REF, num=2), b"")
+        self.receiver.on_frame(link, header_of(Kind.OPEN, REF, num=2), b"")
+        return link
+
+    def links(self) -> dict[int, ReceivingLink]:
+        """Those of the transfer."""
+        return self.receiver.find(header_of(Kind.KEEP, REF)).links
+
+
+def test_a_sender_that_was_early_may_speak_before_it_is_admitted():
+    async def run():
+        second = Second()
+        link, receiver = second.link(), second.receiver
         receiver.promise(REF, 2, 1, 5.0)  # as from another thread: `admit_early` is on its way
         receiver.on_frame(link, header_of(Kind.KEEP, REF, num=2), b"")
         receiver.admit_early(REF)
-        assert node.counters.fenced_frames == 0
-        assert receiver.find(header_of(Kind.KEEP, REF)).links == {0: link}
+        assert second.node.counters.fenced_frames == 0
+        assert second.links() == {0: link}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("leaves", ["lost", "fail"])
+def test_a_sender_that_was_early_and_left_is_not_admitted(leaves):
+    async def run():
+        second = Second()
+        link, receiver = second.link(), second.receiver
+        if leaves == "lost":
+            link.close("the sender died")
+        else:
+            receiver.on_frame(link, header_of(Kind.FAIL, REF), write_refusal(Failure.CANCELLED, ""))
+            receiver.on_frame(link, header_of(Kind.KEEP, REF, num=2), b"")
+            assert answers(link) == [Kind.FENCED]  # nothing of it is kept
+        receiver.promise(REF, 2, 1, 5.0)
+        receiver.admit_early(REF)
+        assert second.links() == {}
+
+    asyncio.run(run())
+
+
+def test_a_lost_link_of_an_early_sender_does_not_replace_its_next_one():
+    """The next one opens and speaks after the promise and before the admission."""
+
+    async def run():
+        second = Second()
+        old, new, receiver = second.link(), second.link(), second.receiver
+        old.close("cut")
+        receiver.promise(REF, 2, 1, 5.0)
+        receiver.on_frame(new, header_of(Kind.KEEP, REF, num=2), b"")
+        receiver.admit_early(REF)
+        assert second.links() == {0: new}
 
     asyncio.run(run())
 

@@ -4,7 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from transfers import LAYOUT, config
+from transfers import LAYOUT, Quiet, config
 
 from quire.transfer.base import Node
 from quire.transfer.frames import Kind, checksum, header_of, unpack, unpack_entries
@@ -20,19 +20,6 @@ SIZE = block_bytes(LAYOUT, Shard())
 REF = TransferRef(7, 1, 5)
 
 
-class Quiet:
-    """A channel to nobody, of two blocks a frame."""
-
-    frame_bytes = 2 * SIZE
-    frames_at_once = 1
-
-    def start(self, intake, closed):
-        pass
-
-    def close(self):
-        pass
-
-
 class Side:
     """A sender of blocks 0 to 4, all granted, over one link."""
 
@@ -42,7 +29,7 @@ class Side:
         identity = Identity(LAYOUT, Shard(), "p", 4, 1.0)
         node = Node(identity, config(), HostMemory(self.pool, SIZE), lambda: 0.0)
         self.sender = Sender(node, self.events.append)
-        self.link = SendingLink(Quiet(), "tcp", node, self.sender)
+        self.link = SendingLink(Quiet(2 * SIZE), "tcp", node, self.sender)
         self.link.state = LinkState.READY
         self.sender.begin(REF, Span(0, 0, SIZE), 5.0, "d")
         self.sender.connect(REF, self.link)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transfers import LAYOUT, Net, newer, run
+from waiting import wait_until
 
 from quire.proto.transfer_pb2 import Hello
 from quire.transfer.frames import Header, Kind
@@ -20,13 +21,6 @@ from quire.transfer.layout import Shard
 from quire.transfer.receiver import Receiver
 from quire.transfer.staging import Lane, Request, StagedMemory
 from quire.transfer.state import Ended, Failure
-
-
-def wait_until(holds, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def all_places_back(*sides):

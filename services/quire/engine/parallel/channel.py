@@ -11,8 +11,8 @@
 Another host's process (`node`) has one as well:
 
     node n ── HELLO {node} ⇄ PROOF ──▶ rank 0
-           ◀─ START {options} ──────             and it starts that host's ranks
            ── BEAT, every BEAT_S ───▶
+           ◀─ START {options} ──────             and it starts that host's ranks
            ── ENDED {rank, how} ────▶            one has; the node ends the others, and itself
            ◀─ end of stream ────────             the same
 
@@ -92,6 +92,13 @@ class Channel:
     def has_pending(self) -> bool:
         """A message, or its beginning, has been taken from the socket already."""
         return self._tls is not None and self._tls.has_pending
+
+    @property
+    def has_arrived(self) -> bool:
+        """Receiving would not wait for a message to begin."""
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        return self.has_pending or bool(poll.poll(0))
 
     @property
     def host(self) -> str:

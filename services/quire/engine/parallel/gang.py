@@ -91,7 +91,10 @@ class Gang:
         store, port = serve_store(self._host, self.size)
         for member in self._watch.members:
             assert member.channel is not None
-            member.channel.send_json(Kind.WELCOME, {"store_port": port})
+            try:
+                member.channel.send_json(Kind.WELCOME, {"store_port": port})
+            except OSError:
+                raise RankFailed(f"{member.name} {member.how_it_died()}") from None
         self._watch.start()
         group = TorchGroup(store, 0, self.size, self._host)
         self.watch(lambda _: group.abort())

@@ -16,7 +16,7 @@ from quire.engine.parallel import greeting
 from quire.engine.parallel.channel import Channel, Kind
 from quire.engine.parallel.members import Member, Node
 from quire.engine.parallel.processes import RankOptions, RankProcess, current_log_level
-from quire.engine.parallel.watch import WATCH_S, RankFailed
+from quire.engine.parallel.watch import LOADING_SILENCE_S, WATCH_S, RankFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -83,20 +83,15 @@ class Gathering:
             first, waited = missing[0], time.monotonic() - began
             if waited > (HOSTS_S if self.nodes else START_S):
                 raise RankFailed(f"{first.name} did not connect within {waited:.0f} s")
-            self._lose_nodes()
+            self._hear_nodes()
             with contextlib.suppress(TimeoutError):
                 self._greet(self._listener.accept()[0])
 
-    def _lose_nodes(self) -> None:
-        """A host that has gone again may come back, and start its ranks anew."""
+    def _hear_nodes(self) -> None:
+        """A host that has gone again, or hangs, may come back, and start its ranks anew."""
         for node in self.nodes:
-            if node.channel is not None and node.channel.is_over():
-                raise RankFailed(f"{node.name} {self._said_by(node)} while its ranks start")
-
-    def _said_by(self, node: Node) -> str:
-        ranks = self._spread.ranks_of(node.number, self._size)
-        ends = (f"says that rank {rank} {end}" for rank in ranks if (end := node.end_of(rank)))
-        return next(ends, node.how_it_died())
+            if node.channel is not None and (lost := _how_lost(node)):
+                raise RankFailed(f"{node.name} {lost} while its ranks start")
 
     def _greet(self, sock: socket.socket) -> None:
         sock.settimeout(greeting.HELLO_S)
@@ -110,7 +105,7 @@ class Gathering:
             channel.close()
         elif "node" in hello:
             node = self._missing_node(hello)
-            node.channel, node.secret = channel, hello["key"]
+            node.channel, node.secret, node.heard = channel, hello["key"], time.monotonic()
             self._start(node)
         else:
             member = self._missing_member(hello)
@@ -160,6 +155,19 @@ class Gathering:
         )
         process = RankProcess(options)
         return Member(rank, process, pid=process.pid)
+
+
+def _how_lost(node: Node) -> str:
+    """One clause about a host that is connected, or was; empty while it does its part."""
+    lost = ""
+    try:
+        node.hear()
+    except (OSError, EOFError, ValueError):
+        lost = node.how_it_died()
+    if time.monotonic() - node.heard > LOADING_SILENCE_S:
+        lost = f"has given no sign of life for {LOADING_SILENCE_S:.0f} s"
+    ends = (f"says that rank {rank} {how}" for rank, how in node.ends.items())
+    return next(ends, lost)
 
 
 def _first(found: Iterable[T]) -> T:

@@ -42,6 +42,15 @@ class Node:
         """One clause for the error message."""
         return "closed its connection"
 
+    def hear(self) -> None:
+        """Take in what has arrived of it. Raises OSError, EOFError, ValueError."""
+        assert self.channel is not None
+        while self.channel.has_arrived:
+            kind, payload = self.channel.receive()
+            self.heard = time.monotonic()
+            if kind is Kind.ENDED:
+                self.note_end(payload)
+
     def note_end(self, payload: bytes) -> None:
         """It said how a rank ended. Raises ValueError."""
         assert self.channel is not None

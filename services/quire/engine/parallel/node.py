@@ -1,6 +1,7 @@
 """Another host's part of a replica: starts its ranks when rank 0 says so, and ends with them.
 
     connect, again and again ─▶ greeted ─START─▶ ranks run ─▶ one ends, or rank 0 ─▶ all end, exit
+                                └──── shows rank 0 that it lives ────┘
 
 The ranks themselves talk to rank 0; this process tells how one ended, and ends those that hang. It
 ends with the gang, as rank 0's process does: whoever supervises either starts it again, and they
@@ -74,6 +75,7 @@ def run(spread: Spread, number: int, grace_s: float) -> int:
         if met is None:
             return ENDED
         channel, secret = met
+        threading.Thread(target=_show_life, args=(channel,), name="beat", daemon=True).start()
         order = channel.receive_json(Kind.START, max_bytes=1 << 20)
         ranks = _start(order, spread, number, secret)
     except (greeting.Refused, ValueError, TypeError, LookupError) as error:
@@ -148,7 +150,6 @@ def _start(
 
 def _watch(channel: Channel, ranks: dict[int, RankProcess], stopping: Stopping) -> int:
     """Until one of them, or rank 0, has ended; returns the exit code."""
-    threading.Thread(target=_show_life, args=(channel,), name="beat", daemon=True).start()
     while not channel.is_over(WATCH_S):
         for rank, process in ranks.items():
             if not process.is_alive:

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from quire.engine.models.config import ModelConfig, read_config
+from quire.engine.models.fitting import fitting_config
 from quire.engine.models.llama import Llama, weight_shapes
-from quire.engine.models.partition import check_degree
 from quire.engine.models.source import CHECKPOINT_FILES, fingerprint
 from quire.engine.models.weights import DummyWeights, SafetensorsWeights
-from quire.engine.quantization.config import choose
 from quire.engine.request import BLOCK_SIZE
 from quire.engine.runner import memory
 from quire.engine.runner.backend import Backend, CpuBackend, StepLimits, TorchBackend
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quire.config.engine import EngineConfig
+    from quire.engine.models.config import ModelConfig
     from quire.engine.parallel.gang import Gang
     from quire.engine.parallel.spread import Spread
     from quire.kernels.group import Group
@@ -175,19 +174,10 @@ def plans_ahead(config: EngineConfig, backend: Backend) -> bool:
 def find_model(config: EngineConfig) -> ModelChoice:
     """Resolve the model's files and check the options against it. Raises ValueError."""
     folder = locate(config.model, config.revision, CHECKPOINT_FILES)
-    model = _quantized(config, read_config(folder))
-    check_degree(model, config.tensor_parallel_size)
+    model = fitting_config(config, folder)
     max_model_len = _max_model_len(config, model)
     limits = _limits(config, max_model_len)
     return ModelChoice(config, folder, model, _dtype(config, model), max_model_len, limits)
-
-
-def _quantized(config: EngineConfig, model: ModelConfig) -> ModelConfig:
-    """The model as --quantization and --load-format want its weights. Raises ValueError."""
-    chosen = choose(config.quantization, model.quantization)
-    if chosen is not None and config.load_format == "dummy":
-        chosen = chosen.as_rounded()
-    return replace(model, quantization=chosen)
 
 
 def _method(model: ModelConfig) -> str:
