@@ -176,6 +176,11 @@ class Program:
     def __len__(self) -> int:
         return self._num_ops
 
+    @property
+    def result(self) -> np.ndarray:
+        """Where `run` leaves its result: the rows that the largest step has."""
+        return self._result.array
+
     def run(self, inputs: StepInputs) -> np.ndarray:
         """Run the step; the result's rows, a view that the next run overwrites.
 
@@ -185,6 +190,7 @@ class Program:
         # the threads slept between steps: they wake while the arguments are put together
         self._library.quire_team_rouse(self._target.team.handle)
         rows = {TOKENS: len(inputs.token_ids), LOGIT_ROWS: len(inputs.logit_rows)}
+        result = self._result.array[: rows[self._result.domain]]
         args, _flat = _step_args(inputs)
         begin = 0
         for exchange in self._exchanges:
@@ -192,7 +198,7 @@ class Program:
             exchange.run(rows[exchange.domain])
             begin = exchange.before
         self._run(args, begin, self._num_ops)
-        return self._result.array[: rows[self._result.domain]]
+        return result
 
     def run_ops(self, inputs: StepInputs, begin: int, end: int) -> None:
         """Run operations [begin, end) alone, for tests and measurements."""

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from quire.kernels.cpu.library import load
-from quire.kernels.cpu.pointers import Pointers, address
+from quire.kernels.cpu.pointers import Pointers
 from quire.kernels.sampling import DRAW_RULE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quire.kernels.cpu.library import Team
     from quire.kernels.sampling import LogitEdits, SamplingBatch
 
 
-FLOAT32, INT32, UINT32 = (np.dtype(kind) for kind in (np.float32, np.int32, np.uint32))
+FLOAT32, INT32, UINT32 = map(np.dtype, (np.float32, np.int32, np.uint32))
 
 
 class _EditArgs(ctypes.Structure):
@@ -47,6 +49,9 @@ class _EditArgs(ctypes.Structure):
 
 class _SampleArgs(ctypes.Structure):
     """SampleArgs of csrc/cpu/sample.h."""
+
+    arrays: Pointers
+    """What it points to lives as long as it does."""
 
     _fields_ = [
         ("logits", ctypes.c_void_p),
@@ -127,8 +132,8 @@ class CpuSampler:
         self._team = team
         self._sample = library.quire_sample
         self._logprobs = library.quire_logprobs
-        for function in (self._sample, self._logprobs):
-            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        for function, args in ((self._sample, _SampleArgs), (self._logprobs, _LogprobArgs)):
+            function.argtypes = [ctypes.c_void_p, ctypes.POINTER(args)]
             function.restype = ctypes.c_int32
 
     def sample(
@@ -139,13 +144,19 @@ class CpuSampler:
         `invalid` bool [N], when given, is set where a draw had no candidate (its token is 0).
         Raises IndexError for a row out of range, ValueError for logits of another type.
         """
+        return self.prepare(logits, batch, invalid)(len(logits))
+
+    def prepare(
+        self, logits: np.ndarray, batch: SamplingBatch, invalid: np.ndarray | None = None
+    ) -> Callable[[int], np.ndarray]:
+        """Get ready to `sample` from logits that are yet to be computed, while the caches hold what
+        that takes. What is returned does it, given how many of the rows were."""
         num_draws = len(batch.rows)
         tokens = np.empty(num_draws, np.int32)
         flags = np.empty(num_draws, np.bool_) if invalid is None else invalid
         at = Pointers()
         args = _SampleArgs(
-            logits=address(logits),
-            num_rows=logits.shape[0],
+            logits=at.of(logits),
             row_stride=_row_stride(logits),
             vocabulary=logits.shape[1],
             num_draws=num_draws,
@@ -153,12 +164,18 @@ class CpuSampler:
             rules=at.to(batch.rules, DRAW_RULE),
             position=at.to(batch.position, UINT32),
             edits=None if batch.edits is None else ctypes.pointer(_edit_args(batch.edits, at)),
-            tokens=address(tokens),
-            invalid=address(flags),
+            tokens=at.of(tokens),
+            invalid=at.of(flags),
         )
-        if self._sample(self._team.handle, ctypes.byref(args)):
-            raise IndexError(f"a row is outside of 0 .. {logits.shape[0] - 1}")
-        return tokens
+        args.arrays = at
+
+        def draw(num_rows: int) -> np.ndarray:
+            args.num_rows = num_rows
+            if self._sample(self._team.handle, args):
+                raise IndexError(f"a row is outside of 0 .. {num_rows - 1}")
+            return tokens
+
+        return draw
 
     def logprobs(
         self, logits: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, num_top: int
@@ -176,7 +193,7 @@ class CpuSampler:
         )
         at = Pointers()
         args = _LogprobArgs(
-            logits=address(logits),
+            logits=at.of(logits),
             num_rows=logits.shape[0],
             row_stride=_row_stride(logits),
             vocabulary=logits.shape[1],
@@ -184,11 +201,11 @@ class CpuSampler:
             num_top=num_top,
             rows=at.to(rows, INT32),
             token_ids=at.to(token_ids, INT32),
-            chosen=address(out.chosen),
-            ranks=address(out.ranks),
-            top_ids=address(out.top_ids),
-            top=address(out.top),
+            chosen=at.of(out.chosen),
+            ranks=at.of(out.ranks),
+            top_ids=at.of(out.top_ids),
+            top=at.of(out.top),
         )
-        if self._logprobs(self._team.handle, ctypes.byref(args)):
+        if self._logprobs(self._team.handle, args):
             raise IndexError(f"a row or a token is outside of logits {logits.shape}")
         return out

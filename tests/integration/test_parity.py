@@ -62,15 +62,19 @@ def request(number: int, ids: list[int], max_tokens: int = NEW_TOKENS, **params)
 def generate(engine: Engine, requests: list[EngineRequest]):
     """Greedy tokens per request, and the logits each token was drawn from."""
     logits = {}
-    sample = engine.runner.backend.sample
+    sampler = engine.runner.backend.sampler
 
-    def record(rows, batch):
+    def recording(batch):
+        sample = sampler(batch)
+        return lambda rows: record(sample, rows, batch)
+
+    def record(sample, rows, batch):
         for i, row in enumerate(batch.rows.tolist()):
             key = (int(batch.rules["seed"][i]), int(batch.position[i]))
             logits[key] = torch.as_tensor(rows[row]).float().clone()
-        return sample(rows, batch)
+        return sample(rows)
 
-    engine.runner.backend.sample = record
+    engine.runner.backend.sampler = recording
     try:
         for entry in requests:
             engine.add_request(entry)
@@ -79,7 +83,7 @@ def generate(engine: Engine, requests: list[EngineRequest]):
             collector.take(engine.step())
             engine.pool.check_integrity()
     finally:
-        engine.runner.backend.sample = sample
+        engine.runner.backend.sampler = sampler
     return {int(key[0]): tokens for key, tokens in collector.tokens.items()}, logits
 
 

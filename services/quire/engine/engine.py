@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from quire.api import block_hash
 from quire.api.errors import ApiError
@@ -42,8 +41,7 @@ if TYPE_CHECKING:
 RETRY_BOUNDS_S = (1.0, 30.0)
 
 
-@dataclass(frozen=True)
-class _Launched:
+class _Launched(NamedTuple):
     """A step under way."""
 
     scheduled: ScheduledStep

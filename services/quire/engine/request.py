@@ -114,7 +114,11 @@ class RequestState:
 
 
 class Sequence:
-    """One choice of a request."""
+    """One choice of a request.
+
+    What every step looks at is kept here, beside what it is about: the model has had the caches in
+    between, so that each further object a step looks into is waited for.
+    """
 
     __slots__ = (
         "block_hashes",
@@ -123,6 +127,9 @@ class Sequence:
         "draw",
         "finished",
         "hash_root",
+        "is_new",
+        "is_plain",
+        "max_len",
         "num_computed",
         "num_forks",
         "num_pending",
@@ -130,8 +137,10 @@ class Sequence:
         "num_prompt",
         "num_registered",
         "num_writable",
+        "request_id",
         "seat",
         "state",
+        "stop_token_ids",
         "tokens",
     )
 
@@ -140,6 +149,13 @@ class Sequence:
         self.choice = choice
         self.tokens = tokens
         self.num_prompt = len(state.request.prompt_token_ids)
+        self.request_id = state.request.request_id
+        self.stop_token_ids = state.stop_token_ids
+        self.is_plain = state.is_plain
+        self.max_len = self.num_prompt + state.max_tokens
+        """Tokens with which it ends, whatever they are."""
+        self.is_new = True
+        """No token was handed out yet."""
         self.num_computed = 0
         """Tokens whose KV is in the cache once the steps planned so far have run."""
         self.num_pending = 0
@@ -186,7 +202,7 @@ class Sequence:
     @property
     def is_ending(self) -> bool:
         """With the pending tokens it is as long as it may become."""
-        return self.num_planned - self.num_prompt >= self.state.max_tokens
+        return self.num_planned >= self.max_len
 
     def append(self, token: int) -> None:
         """Add a drawn token and, when it fills a block, that block's hash."""
@@ -201,7 +217,10 @@ class Sequence:
         blocks."""
         child = Sequence.__new__(Sequence)
         child.state, child.choice, child.tokens = self.state, choice, self.tokens.copy()
-        child.num_prompt, child.num_computed = self.num_prompt, self.num_computed
+        child.request_id, child.stop_token_ids = self.request_id, self.stop_token_ids
+        child.is_plain, child.is_new = self.is_plain, self.is_new
+        child.num_prompt, child.max_len = self.num_prompt, self.max_len
+        child.num_computed = self.num_computed
         child.num_forks = child.num_promised = 0
         child.num_pending, child.draw = self.num_pending, -1
         child.num_writable = self.num_writable = 0

@@ -7,6 +7,7 @@ stderr says why), 1 when the engine failed or stalled; its requests have been to
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -165,6 +166,8 @@ async def _run(
     except (ValueError, OSError) as error:
         print(f"quire: error: {error}", file=sys.stderr, flush=True)
         return 2
+    gc.collect()
+    gc.freeze()  # no collection while requests wait walks what stays for good
     logger.info("ready: %d KV blocks", engine.pool.num_blocks)
     dead = asyncio.create_task(_watch_engine(service, loop, options.engine.stall_timeout_s))
     drained = asyncio.create_task(service.drained())

@@ -89,7 +89,7 @@ class StepClock:
         self._wrap(engine.scheduler.running.seats, "build", self._timed("prepare", "schedule"))
         on_device = backend.device_type == "cuda"
         self._wrap(backend, "compute", self._marked if on_device else self._timed("execute"))
-        self._wrap(backend, "sample", self._timed("sample"))
+        self._wrap(backend, "sampler", self._timed_sampler)
         self._wrap(engine.runner, "launch", self._timed_wait)
         self._wrap(engine.scheduler, "update", self._timed_update)
         self._wrap(self.llm, "_take", self._timed("output"))
@@ -128,12 +128,16 @@ class StepClock:
     def _timed_wait(self, launch: Method) -> Method:
         return lambda plan: self._timed("wait")(launch(plan))
 
+    def _timed_sampler(self, plain: Method) -> Method:
+        timed = self._timed("sample")
+        return lambda batch: timed(timed(plain)(batch))
+
     def _timed_update(self, plain: Method) -> Method:
         timed = self._timed("update")(plain)
 
         def update(scheduled: Any, result: Any) -> Any:
             decodes, plan = scheduled.num_decodes, scheduled.plan
-            context = int(plan.inputs.context_lens.sum())
+            context = sum(plan.inputs.context_lens.tolist())
             self._sizes = (decodes, plan.num_tokens - decodes, context)
             if self._marks:
                 begin, end = self._marks.popleft()

@@ -1,8 +1,8 @@
 """The ways a step is computed, behind one small interface.
 
 A backend's life: `ops` packs the weights while the model is built over it; `allocate` gives it the
-KV pool and makes the model's step ready to run; then `compute`, `sample` and `fetch`, step after
-step. The tokens that `sample` draws stay where they are drawn too: the next `compute` may name them
+KV pool and makes the model's step ready to run; then `sampler`, `compute` and `fetch`, step after
+step. The tokens that are drawn stay where they are drawn too: the next `compute` may name them
 (`ops.drawn_as`) before the host has seen them.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,10 +48,13 @@ Logits = Any
 Arrays = tuple[Any, ...]
 """Arrays in the backend's own type, perhaps still being computed."""
 
+Sampler = Callable[[Logits], Arrays]
+"""Draws a step's tokens: [N] int32; and [N], not zero where a draw had no finite logit."""
+
 Fetched = Callable[[], list[list[np.ndarray]]]
 """Waits for groups of arrays, and returns copies on the host."""
 
-__all__ = ["Backend", "CpuBackend", "Logits", "StepLimits", "TorchBackend"]
+__all__ = ["Backend", "CpuBackend", "Logits", "Sampler", "StepLimits", "TorchBackend"]
 
 
 class Backend(Protocol):
@@ -64,7 +68,7 @@ class Backend(Protocol):
     is_batch_invariant: bool
     """A row's logits are the same bits whatever shares its step and however its prompt was cut."""
     returns_early: bool
-    """Steps run on after `compute` and `sample` have returned, in order: the host is free then."""
+    """Steps run on after `compute` and the sampler returned, in order: the host is free then."""
 
     @property
     def ops(self) -> Ops:
@@ -90,8 +94,8 @@ class Backend(Protocol):
     def progress(self) -> float:
         """Changes while `compute` gets on within a step, where that can be seen. Any thread."""
 
-    def sample(self, logits: Logits, batch: SamplingBatch) -> Arrays:
-        """Draw tokens: [N] int32; and [N], not zero where a draw had no finite logit."""
+    def sampler(self, batch: SamplingBatch) -> Sampler:
+        """Get a step's draws ready, before it is computed."""
 
     def logprobs(
         self, logits: Logits, rows: np.ndarray, token_ids: np.ndarray, num_top: int
@@ -176,11 +180,16 @@ class CpuBackend:
         """Changes with every operation of a step."""
         return self.program.progress()
 
-    def sample(self, logits: np.ndarray, batch: SamplingBatch) -> Arrays:
-        """Draw tokens: [N] int32, and [N] bool for draws without a finite logit."""
+    def sampler(self, batch: SamplingBatch) -> Sampler:
+        """All but the call itself: after the step the caches are the model's."""
         invalid = np.empty(len(batch.rows), np.bool_)
-        self._drawn = self._sampler.sample(logits, batch, invalid)
-        return self._drawn, invalid
+        draw = self._sampler.prepare(self.program.result, batch, invalid)
+
+        def sample(logits: np.ndarray) -> Arrays:
+            self._drawn = draw(len(logits))
+            return self._drawn, invalid
+
+        return sample
 
     def logprobs(
         self, logits: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, num_top: int
@@ -260,9 +269,12 @@ class TorchBackend:
         """Nothing can be seen within a step."""
         return 0.0
 
+    def sampler(self, batch: SamplingBatch) -> Sampler:
+        """Nothing to get ready."""
+        return partial(self._sample, batch)
+
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> Arrays:
-        """Draw tokens: [N] int32, and [N] int32, 1 for draws without a finite logit."""
+    def _sample(self, batch: SamplingBatch, logits: torch.Tensor) -> Arrays:
         tokens, invalid = self.ops.kernels.sample(logits, batch)
         self.ops.drawn = tokens
         return tokens, invalid

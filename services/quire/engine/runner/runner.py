@@ -54,12 +54,13 @@ class ModelRunner:
         backend = self.backend
         if len(plan.copies):
             backend.copy_blocks(plan.copies)
-        logits = backend.compute(plan.inputs)
         drawn: Arrays = ()
         scores: Arrays = ()
         prompt_scores: Arrays = ()
-        if len(plan.sampling.rows):
-            drawn = backend.sample(logits, plan.sampling)
+        sample = backend.sampler(plan.sampling) if len(plan.sampling.rows) else None
+        logits = backend.compute(plan.inputs)
+        if sample is not None:
+            drawn = sample(logits)
         if len(draws := plan.logprob_draws):
             rows = plan.sampling.rows[draws]
             scores = backend.logprobs(logits, rows, drawn_as(draws), plan.num_logprobs)
@@ -75,7 +76,7 @@ def _result(fetched: Fetched) -> StepResult:
     token_ids, invalid = drawn or (np.empty(0, np.int32), np.empty(0, np.bool_))
     return StepResult(
         token_ids=token_ids,
-        invalid=invalid.astype(np.bool_),
+        invalid=invalid,
         logprobs=LogprobArrays(*scores) if scores else None,
         prompt_logprobs=LogprobArrays(*prompt_scores) if prompt_scores else None,
     )

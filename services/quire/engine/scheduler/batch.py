@@ -9,7 +9,6 @@ written once into per-seat rows when it starts running; a step gathers the rows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +20,8 @@ from quire.kernels.ops import StepInputs, drawn_as
 from quire.kernels.sampling import DRAW_RULE, SamplingBatch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from quire.api.sampling import SamplingParams
     from quire.engine.request import Sequence
 
@@ -33,8 +34,7 @@ class Chunk(NamedTuple):
     num_tokens: int
 
 
-@dataclass(frozen=True)
-class ScheduledStep:
+class ScheduledStep(NamedTuple):
     """A plan and what the scheduler needs to take in its result."""
 
     plan: StepPlan
@@ -118,10 +118,11 @@ class _Builder:
     def build(self, step: int, copies: list[tuple[int, int]]) -> ScheduledStep:
         """The plan and what goes with it."""
         inputs = self._inputs()
-        special = [i for i, seq in enumerate(self.draws) if not seq.state.is_plain]
+        special = [i for i, seq in enumerate(self.draws) if not seq.is_plain]
+        drawn = self.draws
         if special:
             special += self._add_forks(special)
-        drawn = [*self.draws, *(seq for seq, _ in self.forks)] if self.forks else self.draws
+            drawn = drawn + [seq for seq, _ in self.forks]
         wanted = [i for i in special if _params(drawn[i]).logprobs is not None]
         targets = [t for seq, at in self.prompt for t in seq.tokens[at.start + 1 : at.stop + 1]]
         plan = StepPlan(
@@ -129,14 +130,16 @@ class _Builder:
             inputs=inputs,
             sampling=self._sampling(drawn, edited=any(needs_edits(drawn[i]) for i in special)),
             copies=np.array(copies, np.int32) if copies else _NO_COPIES,
-            logprob_draws=np.array(wanted, np.int32) if wanted else _NO_ROWS,
-            num_logprobs=max((_params(drawn[i]).logprobs or 0 for i in wanted), default=0),
-            prompt_rows=np.array(self.prompt_rows, np.int32) if targets else _NO_ROWS,
-            prompt_targets=np.array(targets, np.int32) if targets else _NO_ROWS,
-            num_prompt_logprobs=max(
-                (_params(seq).prompt_logprobs or 0 for seq, _ in self.prompt), default=0
-            ),
+            logprob_draws=_rows(wanted),
+            num_logprobs=_most(_params(drawn[i]).logprobs for i in wanted),
+            prompt_rows=_rows(self.prompt_rows),
+            prompt_targets=_rows(targets),
+            num_prompt_logprobs=_most(_params(seq).prompt_logprobs for seq, _ in self.prompt),
         )
+        decides_next = bool(self.forks) or any(drawn[i].state.draws_by_history for i in special)
+        return self._scheduled(plan, decides_next=decides_next)
+
+    def _scheduled(self, plan: StepPlan, *, decides_next: bool) -> ScheduledStep:
         return ScheduledStep(
             plan=plan,
             num_decodes=len(self.decodes),
@@ -145,7 +148,7 @@ class _Builder:
             forks=self.forks,
             filled=self._filled(),
             prompt_logprobs=[(seq, len(positions)) for seq, positions in self.prompt],
-            decides_next=bool(self.forks) or any(drawn[i].state.draws_by_history for i in special),
+            decides_next=decides_next,
         )
 
     def _inputs(self) -> StepInputs:
@@ -199,7 +202,7 @@ class _Builder:
         if self.forks:
             rules["choice"][len(self.draws) :] = [choice for _, choice in self.forks]
         return SamplingBatch(
-            rows=np.array(self.draw_rows, np.int32),
+            rows=_rows(self.draw_rows),
             rules=rules,
             position=np.array([len(seq.tokens) + seq.num_pending for seq in drawn], np.uint32),
             edits=build_edits(drawn, self.seats.vocab_size) if edited else None,
@@ -216,6 +219,15 @@ class _Builder:
 
 def _params(seq: Sequence) -> SamplingParams:
     return seq.state.request.params
+
+
+def _rows(rows: list[int]) -> np.ndarray:
+    return np.array(rows, np.int32) if rows else _NO_ROWS
+
+
+def _most(wanted: Iterable[int | None]) -> int:
+    """The largest number of log-probabilities wanted."""
+    return max((count or 0 for count in wanted), default=0)
 
 
 def prompt_logprob_positions(seq: Sequence, start: int, end: int) -> range:

@@ -4,7 +4,7 @@ build by hand."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,11 +44,10 @@ class LogprobArrays:
     top_logprobs: np.ndarray  # [L, k] float32
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What a step drew."""
 
     token_ids: np.ndarray  # [N] int32, one per draw
-    invalid: np.ndarray  # [N] bool: draws without a finite logit; their token means nothing
+    invalid: np.ndarray  # [N], not zero: draws without a finite logit; their token means nothing
     logprobs: LogprobArrays | None = None
     prompt_logprobs: LogprobArrays | None = None

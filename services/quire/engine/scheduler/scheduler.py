@@ -258,8 +258,9 @@ class Scheduler:
             for i, (seq, token) in enumerate(zip(drawn, tokens, strict=True))
             if not seq.finished
         }
+        self.counters.generated_tokens += len(outputs)
         add_logprobs(outputs, drawn, scheduled.plan, result)
-        if result.invalid.any():
+        if any(result.invalid.tolist()):
             return self._fail_invalid(outputs, result)
         return list(outputs.values())
 
@@ -284,6 +285,7 @@ class Scheduler:
             output = self._append(choice, token.token_id, now)
             output.logprobs = [] if token.logprob is None else [token.logprob]
             outputs.append(output)
+        self.counters.generated_tokens += len(outputs)
         return outputs
 
     def _fail_invalid(
@@ -342,24 +344,21 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token: int, now: float) -> ChoiceOutput:
         """Add a token that was pending to its sequence, and end the sequence where it must."""
-        state = seq.state
         position = len(seq.tokens) - seq.num_prompt
-        output = ChoiceOutput(state.request.request_id, seq.choice, position, [token])
-        self.counters.generated_tokens += 1
-        if state.first_token is None:
-            state.first_token = now
-            output.admission = admission(state)
-            output.prompt_logprobs = state.prompt_logprobs
+        output = ChoiceOutput(seq.request_id, seq.choice, position, [token])
+        if seq.is_new:
+            seq.is_new = False
+            _note_first(seq.state, output, now)
         seq.num_pending -= 1
         seq.append(token)
-        if token in state.stop_token_ids and position >= state.request.params.min_tokens:
+        if token in seq.stop_token_ids and position >= seq.state.request.params.min_tokens:
             output.finish_reason, output.stop_token_id = FinishReason.STOP, token
-        elif position + 1 >= state.max_tokens:
+        elif len(seq.tokens) >= seq.max_len:
             output.finish_reason = FinishReason.LENGTH
         else:
             return output
         self._finish(seq)
-        output.last_of_request = state.open_choices == 0
+        output.last_of_request = seq.state.open_choices == 0
         return output
 
     def _finish(self, seq: Sequence) -> None:
@@ -377,6 +376,14 @@ class Scheduler:
         if not sequences:
             del self._requests[request_id]
             self._with_deadline.discard(request_id)
+
+
+def _note_first(state: RequestState, output: ChoiceOutput, now: float) -> None:
+    """A choice's first output here: the request's first one tells of its prompt."""
+    if state.first_token is None:
+        state.first_token = now
+        output.admission = admission(state)
+        output.prompt_logprobs = state.prompt_logprobs
 
 
 def _error_output(request_id: str) -> ChoiceOutput:
