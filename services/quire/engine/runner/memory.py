@@ -39,11 +39,11 @@ def num_blocks(budget: KvBudget, block_bytes: int, max_model_len: int) -> int:
     needed = -(-max_model_len // BLOCK_SIZE)
     if blocks >= needed:
         return blocks
+    shorter = f"use --max-model-len {blocks * BLOCK_SIZE} or less, or " if blocks > 0 else ""
     raise KvCacheTooSmall(
         f"the KV cache of one request with max_model_len={max_model_len} needs "
         f"{needed * block_bytes / GIB:.2f} GiB, but {budget.bytes / GIB:.2f} GiB are available "
-        f"({budget.source}): use --max-model-len {max(blocks * BLOCK_SIZE, 0)} or less, or give "
-        f"--kv-cache-memory-bytes {needed * block_bytes} or more"
+        f"({budget.source}): {shorter}give --kv-cache-memory-bytes {needed * block_bytes} or more"
     )
 
 
