@@ -1,9 +1,9 @@
 """Prefill pod, decode pod or router killed or stopped under load, each at each state of a transfer.
 
-A transfer is held where it enters a state, before it does anything that the state asks for, and the
-fault is made right there (`in_worker/gates.py`). Meanwhile clients ask one new prompt after another:
-every answer has to be that of one undisturbed engine, token by token, with its log-probabilities,
-and no process may keep a block.
+A transfer is held where it enters a state, before it does anything that the state asks for, and
+the fault is made right there (`in_worker/gates.py`). Meanwhile clients ask one new prompt after
+another: every answer has to be that of one undisturbed engine, token by token, with its
+log-probabilities, and no process may keep a block.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from http_answers import choices_of
 from server import running_server
 from waiting import until
 
+from quire.config.transfer import TransferConfig
+from quire.transfer.landing import Slab
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 # Small steps for the prefill pod: a prompt takes several, and a transfer several windows of pieces.
@@ -30,11 +33,12 @@ ENGINE = {
     "max_num_seqs": 16,
 }  # fmt: skip
 ENGINES = {"decode": ENGINE, "prefill": ENGINE | {"max_num_batched_tokens": 64}}
-TRANSFER = {"kv_lease_s": 1.5, "kv_heartbeat_s": 0.2}
+TRANSFER = {"kv_lease_s": 1.5, "kv_heartbeat_s": 0.2, "kv_staging_bytes": 2 << 20}
 ALONE = ("--max-model-len", "512", "--kv-cache-memory-bytes", "64M", "--num-threads", "1")
 NUM_CLIENTS = 4
 MORE = 4
-"""Answers that have to come after the fault, beside those that were under way."""
+"""Requests that have to be asked and answered while the victim is down, beside those that were
+under way; and again when it is back."""
 
 SENDER = ("opening", "sending", "flowing", "committing", "draining", "done", "failed")
 RECEIVER = ("promised", "receiving", "flowing", "draining", "committed", "failed")
@@ -54,10 +58,11 @@ class Cell:
     """prefill, decode or router."""
     how: str
     """KILL or STOP."""
-    transport: str = "tcp"
+    wire: str = "tcp"
+    """Transport; `staged` is tcp between pools that pass for those of devices."""
 
     def __str__(self) -> str:
-        return f"{self.transport}-{self.gate}-{self.victim}-{self.how}"
+        return f"{self.wire}-{self.gate}-{self.victim}-{self.how}"
 
 
 ALL = [
@@ -66,11 +71,16 @@ ALL = [
     for victim in ("prefill", "decode", "router")
     for how in ("KILL", "STOP")
 ]
-# other transports have other code where data is in flight, where it lands, and at the commit
+# other transports have other code where data is in flight, where it lands, and at the commit;
+# other pools where blocks are loaded and stored, and while that goes on in a transfer that is over
 OTHERS = [
-    Cell(gate, victim, how, transport)
-    for transport in ("grpc", "nixl")
-    for gate in ("sender-flowing", "sender-committing", "receiver-flowing", "receiver-committed")
+    Cell(gate, victim, how, wire)
+    for wire, gates in {
+        "grpc": ("sender-flowing", "sender-committing", "receiver-flowing", "receiver-committed"),
+        "nixl": ("sender-flowing", "sender-committing", "receiver-flowing", "receiver-committed"),
+        "staged": ("sender-flowing", "sender-failed", "receiver-flowing", "receiver-draining"),
+    }.items()
+    for gate in gates
     for victim in ("prefill", "decode")
     for how in ("KILL", "STOP")
 ]
@@ -162,19 +172,21 @@ def calm():
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleets(tmp_path_factory):
-    """The fleet of a transport; the one before it is ended."""
+    """The fleet of a wire; the one before it is ended."""
     running: dict[str, Fleet] = {}
 
-    async def fleet_of(transport: str) -> Fleet:
-        if transport not in running:
+    async def fleet_of(wire: str) -> Fleet:
+        if wire not in running:
             for name in list(running):
                 await running.pop(name).stop()
-            folder = tmp_path_factory.mktemp(transport)
+            folder = tmp_path_factory.mktemp(wire)
             changes = {"QUIRE_TEST_STATES": str(folder)}
-            transfer = TRANSFER | {"kv_transports": [transport]}
-            running[transport] = Fleet(folder, ENGINES, transfer, changes)
-            await running[transport].start()
-        return running[transport]
+            if wire == "staged":
+                changes["QUIRE_TEST_POOL"] = "device"
+            transfer = TRANSFER | {"kv_transports": ["tcp" if wire == "staged" else wire]}
+            running[wire] = Fleet(folder, ENGINES, transfer, changes)
+            await running[wire].start()
+        return running[wire]
 
     try:
         yield fleet_of
@@ -208,15 +220,17 @@ async def strike(fleet: Fleet, cell: Cell) -> str:
 
 @pytest.mark.parametrize("cell", cells(ALL + OTHERS))
 async def test_a_fault_at_a_state(fleets, calm, cell) -> None:
-    if cell.transport == "nixl":
+    if cell.wire == "nixl":
         pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
-    fleet = await fleets(cell.transport)
+    fleet = await fleets(cell.wire)
     await fleet.forget()
+    quarantined = await fleet.quarantined()
     async with Load(fleet.gateway.port) as load:
         victim = await strike(fleet, cell)
         under_way = load.open
         try:
-            await load.answered(under_way)  # without the victim
+            await load.answered(under_way)
+            await load.go_on(MORE)
         finally:
             await fleet.recover(victim)
         await load.go_on(MORE)
@@ -227,4 +241,18 @@ async def test_a_fault_at_a_state(fleets, calm, cell) -> None:
     # what arrived meanwhile, late or not, is cached: nothing of it may be wrong
     again = [choices_of(fleet.gateway.port, request_body(number)) for number in under_way]
     await calm.check(dict(zip(under_way, await asyncio.gather(*again), strict=True)))
+    await check_quarantine(fleet, cell, quarantined)
     await fleet.released()
+
+
+async def check_quarantine(fleet: Fleet, cell: Cell, before: dict[str, float]) -> None:
+    """Landing memory comes back with the next transfer of a sender that was stopped. That of one
+    that was killed stays: only itself could say that none of its writes is on its way."""
+    is_final = (cell.victim, cell.how) == ("prefill", "KILL")
+    one = Slab(TransferConfig().kv_landing_bytes).num_bytes if is_final else 0
+    async with asyncio.timeout(30):
+        for number in itertools.count(1000):
+            now = await fleet.quarantined()
+            if all(now[name] <= before[name] + one for name in now):
+                return
+            await choices_of(fleet.gateway.port, request_body(number))

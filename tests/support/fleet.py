@@ -124,6 +124,11 @@ class Fleet:
             await worker.wait_released()
             assert await worker.metric("quire_kv_promised_blocks") == 0, worker.name
 
+    async def quarantined(self) -> dict[str, float]:
+        """Worker -> bytes that a one-sided write may still reach."""
+        workers = self.workers.items()
+        return {n: await w.metric("quire_kv_quarantined_bytes") for n, w in workers}
+
     async def _is_whole(self) -> bool:
         """The gateway has all workers, and a router decides that knows them."""
         up = await asyncio.to_thread(self.gateway.metric, "quire_gateway_worker_up")
