@@ -42,8 +42,8 @@ def gate_sender(machine: type[SendingTransfer], folder: str) -> None:
             gates.pass_by(self, "flowing")
         return taken
 
-    machine.take = taking  # type: ignore[method-assign]
-    machine.state = _Gated(gates)  # type: ignore[assignment]
+    machine.take = taking
+    machine.state = _Gated(gates)
 
 
 def gate_receiver(machine: type[ReceivingTransfer], folder: str) -> None:
@@ -61,9 +61,9 @@ def gate_receiver(machine: type[ReceivingTransfer], folder: str) -> None:
         gates.pass_by(self, "flowing")
         return effects
 
-    machine.landed = landing  # type: ignore[method-assign]
-    machine.stored = storing  # type: ignore[method-assign]
-    machine.state = _Gated(gates)  # type: ignore[assignment]
+    machine.landed = landing
+    machine.stored = storing
+    machine.state = _Gated(gates)
 
 
 class _Gated:
