@@ -2,6 +2,7 @@
 happens to one process, the other gives back every block within seconds."""
 
 import importlib.util
+import itertools
 import subprocess
 import time
 
@@ -14,11 +15,9 @@ from quire.transfer.layout import BlockLayout
 from quire.transfer.state import Failure
 
 HAS_NIXL = importlib.util.find_spec("nixl_cu12") is not None
-TRANSPORTS = [
-    "tcp",
-    "grpc",
-    pytest.param("nixl", marks=pytest.mark.skipif(not HAS_NIXL, reason="needs nixl-cu12")),
-]
+NIXL = pytest.mark.skipif(not HAS_NIXL, reason="needs nixl-cu12")
+MARKS = {"tcp": (), "grpc": (), "nixl": (NIXL,)}
+TRANSPORTS = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
 # 1.5 MiB a block: more than one piece, and a kernel's buffer does not swallow a transfer whole.
 BIG = BlockLayout("tiny", "float32", 16, num_layers=12, num_kv_heads=8, head_dim=128)
 NOTICED_S = 4.0
@@ -84,14 +83,21 @@ def start(moment, p, d):
     return ref
 
 
+def moments(*names):
+    """(transport, how, moment); by default over tcp alone where a transport has little part in."""
+    for transport, how, moment in itertools.product(MARKS, ("kill", "stop"), names):
+        is_slow = moment not in FLOWING and transport != "tcp"
+        marks = (*MARKS[transport], *([pytest.mark.slow] if is_slow else ()))
+        yield pytest.param(transport, how, moment, marks=marks)
+
+
+FLOWING = ("open", "flowing", "committing")
 # How many blocks were granted, and offered, by moment.
 GRANTED = {"promised": 10, "opening": 0, "open": 20, "flowing": 20, "committing": 20}
-OFFERED = {"opening": 4, "open": 4, "flowing": 24, "committing": 30}
+OFFERED = {"promised": 4, "opening": 4, "open": 4, "flowing": 24, "committing": 30}
 
 
-@pytest.mark.parametrize("moment", GRANTED)
-@pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(("transport", "how", "moment"), moments(*GRANTED))
 def test_a_sender_that_dies_or_hangs_leaves_nothing_at_the_receiver(transport, how, moment):
     with (
         RemoteSide(seed=1, **options(transport)) as p,
@@ -121,9 +127,7 @@ def check_that_a_zombie_writes_nothing(p, d):
     assert (d.pool == held).all()
 
 
-@pytest.mark.parametrize("moment", GRANTED)
-@pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(("transport", "how", "moment"), moments(*GRANTED))
 def test_a_receiver_that_dies_or_hangs_leaves_nothing_at_the_sender(transport, how, moment):
     with (
         Side(seed=1, **options(transport)) as p,
@@ -158,9 +162,7 @@ def drain(p, d, *, at):
     return ref
 
 
-@pytest.mark.parametrize("who", ["sender", "receiver"])
-@pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(("transport", "how", "who"), moments("sender", "receiver"))
 def test_a_side_that_drains_gives_its_blocks_back_whatever_happens_to_the_other(
     transport, how, who
 ):
@@ -185,9 +187,7 @@ def test_a_side_that_drains_gives_its_blocks_back_whatever_happens_to_the_other(
             assert returned(there.told(), ref) == list(range(10 if who == "sender" else 4))
 
 
-@pytest.mark.parametrize("who", ["sender", "receiver"])
-@pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(("transport", "how", "who"), moments("sender", "receiver"))
 def test_a_side_that_dies_or_hangs_while_it_drains_leaves_nothing_at_the_other(transport, how, who):
     kinds = {"memory": "gated", "staging_places": 20}
     with (

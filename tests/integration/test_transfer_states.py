@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
-from fleet import ROUTER, Fleet
+from fleet import ROLES, ROUTER, Fleet
 from http_answers import choices_of
 from server import running_server
 from waiting import until
@@ -144,9 +144,13 @@ class Load:
         self._clients = asyncio.gather(*(self.client() for _ in range(NUM_CLIENTS)))
         return self
 
-    async def __aexit__(self, *_):
+    async def __aexit__(self, kind, *_):
         self._over = True
-        await self._clients
+        if kind is None:
+            await self._clients
+            return
+        for task in (self._clients, *self.asked.values()):
+            task.cancel()
 
 
 class Calm:
@@ -172,11 +176,11 @@ def calm():
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleets(tmp_path_factory):
-    """The fleet of a wire; the one before it is ended."""
+    """The fleet of a wire; another's, or one that a test broke off with, is ended."""
     running: dict[str, Fleet] = {}
 
     async def fleet_of(wire: str) -> Fleet:
-        if wire not in running:
+        if wire not in running or not running[wire].is_sound:
             for name in list(running):
                 await running.pop(name).stop()
             folder = tmp_path_factory.mktemp(wire)
@@ -186,6 +190,7 @@ async def fleets(tmp_path_factory):
             transfer = TRANSFER | {"kv_transports": ["tcp" if wire == "staged" else wire]}
             running[wire] = Fleet(folder, ENGINES, transfer, changes)
             await running[wire].start()
+        running[wire].is_sound = False
         return running[wire]
 
     try:
@@ -208,6 +213,7 @@ async def strike(fleet: Fleet, cell: Cell) -> str:
     await until(reached.exists, f"a transfer is at {cell.gate}")
     said = json.loads(reached.read_text())
     holder, ref = fleet.named(said["pid"]), said["ref"]
+    assert ROLES[holder] == AT_HOME[side]
     if is_self:
         await fleet.down(holder)
         return holder
@@ -228,6 +234,7 @@ async def test_a_fault_at_a_state(fleets, calm, cell) -> None:
     async with Load(fleet.gateway.port) as load:
         victim = await strike(fleet, cell)
         under_way = load.open
+        assert under_way
         try:
             await load.answered(under_way)
             await load.go_on(MORE)
@@ -243,6 +250,7 @@ async def test_a_fault_at_a_state(fleets, calm, cell) -> None:
     await calm.check(dict(zip(under_way, await asyncio.gather(*again), strict=True)))
     await check_quarantine(fleet, cell, quarantined)
     await fleet.released()
+    fleet.is_sound = True
 
 
 async def check_quarantine(fleet: Fleet, cell: Cell, before: dict[str, float]) -> None:

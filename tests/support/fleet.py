@@ -40,6 +40,8 @@ class Fleet:
         self._models: dict[str, worker_pb2.ModelInfo] = {}
         self._router: subprocess.Popen | None = None
         self.gateway: Server | None = None
+        self.is_sound = False
+        """Whoever used it last was through with it."""
 
     # ---- life
 
@@ -159,10 +161,8 @@ class Fleet:
 
     def _start_router(self) -> None:
         (self.folder / "router.sock").unlink(missing_ok=True)
-        policy = (
-            "--routing-policy",
-            "least_load",
-        )  # by cost, prompts this short stay where they are
+        # by cost, prompts this short would stay where they are decoded
+        policy = ("--routing-policy", "least_load")
         self._router = _quire("router", "--listen", self._router_at, *policy, *self._pods("--pod"))
 
 
