@@ -85,10 +85,12 @@ def start(moment, p, d):
 
 def moments(*names):
     """(transport, how, moment); by default over tcp alone where a transport has little part in."""
+    cells = []
     for transport, how, moment in itertools.product(MARKS, ("kill", "stop"), names):
         is_slow = moment not in FLOWING and transport != "tcp"
         marks = (*MARKS[transport], *([pytest.mark.slow] if is_slow else ()))
-        yield pytest.param(transport, how, moment, marks=marks)
+        cells.append(pytest.param(transport, how, moment, marks=marks))
+    return cells
 
 
 FLOWING = ("open", "flowing", "committing")
