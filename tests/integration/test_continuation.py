@@ -6,12 +6,12 @@ The demo model on a CPU gives the same bits in any batch: a disturbed run has to
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal
 
 import pytest
+from http_answers import choices_of
 from server import running_server
 from waiting import wait_until
 
@@ -54,31 +54,8 @@ def request_body(number: int) -> dict:
 
 async def texts_of(port: int, body: dict) -> list[tuple[str, str, int]]:
     """(text, finish reason, number of scored tokens) of each choice."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    try:
-        data = json.dumps(body).encode()
-        writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data)
-        )
-        answer = (await reader.read()).decode()
-    finally:
-        writer.close()
-    assert answer.startswith("HTTP/1.1 200"), answer[:500]
-    assert '"error":' not in answer, answer[-500:]
-    if body["stream"]:
-        lines = [line[6:] for line in answer.splitlines() if line.startswith("data: ")]
-        assert lines[-1] == "[DONE]"
-        parts = [json.loads(line)["choices"][0] for line in lines[:-1]]
-    else:
-        parts = json.loads(answer[answer.index("{") : answer.rindex("}") + 1])["choices"]
-    texts, ends, scored = [""] * body["n"], [""] * body["n"], [0] * body["n"]
-    for part in parts:
-        i = part["index"]
-        texts[i] += part["text"]
-        ends[i] = part["finish_reason"] or ends[i]
-        scored[i] += len((part.get("logprobs") or {"tokens": ()})["tokens"])
-    return list(zip(texts, ends, scored, strict=True))
+    choices = await choices_of(port, body)
+    return [(c.text, c.finish_reason, len(c.tokens)) for c in choices]
 
 
 async def all_texts(port: int, numbers: range, at_once: int) -> list[list[tuple[str, str, int]]]:
@@ -99,14 +76,14 @@ def resubmissions(server) -> float:
 
 def assert_nothing_is_left(server) -> None:
     wait_until(lambda: server.metric("quire_gateway_worker_up") == 2, "both are back", 40)
-    states = ("owned", "promised")
 
     def held() -> float:
         lines = server.get("/metrics").splitlines()
-        blocks = [x for x in lines if x.startswith("quire_kv_blocks{")]
-        if len({x.split('engine="')[1][0] for x in blocks}) < 2:
+        held = [x for x in lines if x.startswith("quire_kv_promised_blocks{")]
+        held += [x for x in lines if x.startswith("quire_kv_blocks{") and 'state="owned"' in x]
+        if len(held) < 4:
             return 1.0  # a worker did not answer in time
-        return sum(float(x.rsplit(" ", 1)[1]) for x in blocks if any(s in x for s in states))
+        return sum(float(x.rsplit(" ", 1)[1]) for x in held)
 
     wait_until(lambda: held() == 0, "no block is owned")
 

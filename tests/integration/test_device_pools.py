@@ -1,7 +1,7 @@
 """Pools in device memory, exchanged through a few places in host memory: the answers are those of
 one process, between such pools and with pools in host memory, both ways, over real wires.
 
-Without a GPU a CPU pool passes for a device's (`as_device`); `pytest -m gpu` has real ones.
+Without a GPU a CPU pool passes for a device's (`in_worker`); `pytest -m gpu` has real ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Trio:
 
         def worker(name: str, pool="host", degree=1, staging=FEW_PLACES) -> WorkerProcess:
             options = ENGINE | {"dtype": "float32", "tensor_parallel_size": degree} | engine
-            return WorkerProcess(folder, name, options, transfer | staging, pool)
+            changes = {"QUIRE_TEST_POOL": pool}
+            return WorkerProcess(folder, name, options, transfer | staging, changes=changes)
 
         self.left, self.right = worker("left", **left), worker("right", **right)
         self.alone = worker("alone")

@@ -2,22 +2,22 @@
 happens to one process, the other gives back every block within seconds."""
 
 import importlib.util
+import itertools
 import subprocess
 import time
 
 import pytest
 from transfer_process import RemoteSide, ended, returned
 from transfers import Side
+from waiting import wait_until
 
 from quire.transfer.layout import BlockLayout
 from quire.transfer.state import Failure
 
 HAS_NIXL = importlib.util.find_spec("nixl_cu12") is not None
-TRANSPORTS = [
-    "tcp",
-    "grpc",
-    pytest.param("nixl", marks=pytest.mark.skipif(not HAS_NIXL, reason="needs nixl-cu12")),
-]
+NIXL = pytest.mark.skipif(not HAS_NIXL, reason="needs nixl-cu12")
+MARKS = {"tcp": (), "grpc": (), "nixl": (NIXL,)}
+TRANSPORTS = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
 # 1.5 MiB a block: more than one piece, and a kernel's buffer does not swallow a transfer whole.
 BIG = BlockLayout("tiny", "float32", 16, num_layers=12, num_kv_heads=8, head_dim=128)
 NOTICED_S = 4.0
@@ -65,12 +65,15 @@ def start(moment, p, d):
         d.endpoint.grant(ref, 0, range(10))
         return ref
     p.endpoint.send(ref, d.peer)
+    if moment == "opening":
+        # The sender is there, and has blocks; nothing is granted.
+        p.endpoint.offer(ref, 0, range(4))
+        wait_until(lambda: d.state(ref) == "receiving", "the leg is open")
+        assert p.state(ref) == "opening"
+        return ref
     d.endpoint.grant(ref, 0, range(20))
     p.endpoint.offer(ref, 0, range(4))
-    deadline = time.monotonic() + 10
-    while len(returned(p.told(), ref)) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: len(returned(p.told(), ref)) == 4, "the first blocks arrived")
     if moment == "flowing":
         p.endpoint.offer(ref, 4, range(4, 24))
     if moment == "committing":
@@ -80,9 +83,23 @@ def start(moment, p, d):
     return ref
 
 
-@pytest.mark.parametrize("moment", ["promised", "open", "flowing", "committing"])
-@pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+def moments(*names):
+    """(transport, how, moment); by default over tcp alone where a transport has little part in."""
+    cells = []
+    for transport, how, moment in itertools.product(MARKS, ("kill", "stop"), names):
+        is_slow = moment not in FLOWING and transport != "tcp"
+        marks = (*MARKS[transport], *([pytest.mark.slow] if is_slow else ()))
+        cells.append(pytest.param(transport, how, moment, marks=marks))
+    return cells
+
+
+FLOWING = ("open", "flowing", "committing")
+# How many blocks were granted, and offered, by moment.
+GRANTED = {"promised": 10, "opening": 0, "open": 20, "flowing": 20, "committing": 20}
+OFFERED = {"promised": 4, "opening": 4, "open": 4, "flowing": 24, "committing": 30}
+
+
+@pytest.mark.parametrize(("transport", "how", "moment"), moments(*GRANTED))
 def test_a_sender_that_dies_or_hangs_leaves_nothing_at_the_receiver(transport, how, moment):
     with (
         RemoteSide(seed=1, **options(transport)) as p,
@@ -95,9 +112,11 @@ def test_a_sender_that_dies_or_hangs_leaves_nothing_at_the_receiver(transport, h
         event = d.ended(ref)
         assert time.monotonic() - begin < NOTICED_S
         assert event.failure is (Failure.LEASE if moment == "promised" else Failure.LOST)
-        assert d.returned(ref) == list(range(10 if moment == "promised" else 20))
+        assert d.returned(ref) == list(range(GRANTED[moment]))
         for block, slot in d.delivered(ref).items():
             assert (d.pool[slot] == before[block]).all()
+        d.endpoint.grant(ref, 20, [20, 21])  # the caller has yet to read of the end
+        d.wait(lambda _: {20, 21} <= set(d.released(ref)))
         if how == "stop":
             check_that_a_zombie_writes_nothing(p, d)
 
@@ -110,9 +129,7 @@ def check_that_a_zombie_writes_nothing(p, d):
     assert (d.pool == held).all()
 
 
-@pytest.mark.parametrize("moment", ["open", "flowing", "committing"])
-@pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(("transport", "how", "moment"), moments(*GRANTED))
 def test_a_receiver_that_dies_or_hangs_leaves_nothing_at_the_sender(transport, how, moment):
     with (
         Side(seed=1, **options(transport)) as p,
@@ -120,16 +137,75 @@ def test_a_receiver_that_dies_or_hangs_leaves_nothing_at_the_sender(transport, h
     ):
         ref = start(moment, p, d)
         getattr(d, how)()
+        if moment == "promised":  # the sender finds out that it comes too late
+            p.endpoint.send(ref, d.peer)
+            p.endpoint.offer(ref, 0, range(4))
         begin = time.monotonic()
         event = p.ended(ref)
         assert time.monotonic() - begin < NOTICED_S
-        assert event.failure in (Failure.LOST, Failure.LEASE)
-        offered = {"open": 4, "flowing": 24, "committing": 30}[moment]
-        assert p.returned(ref) == list(range(offered))
+        assert event.failure in (Failure.LOST, Failure.LEASE, Failure.UNREACHABLE)
+        assert (event.failure is Failure.UNREACHABLE) <= (moment == "promised")
+        assert p.returned(ref) == list(range(OFFERED[moment]))
         if how == "stop":  # and it finds out itself when it runs again
             d.resume()
-            assert poll(d, ref).failure is Failure.LOST
-            assert returned(d.told(), ref) == list(range(20))
+            failed = poll(d, ref).failure
+            assert failed is (Failure.LEASE if moment == "promised" else Failure.LOST)
+            assert returned(d.told(), ref) == list(range(GRANTED[moment]))
+
+
+def drain(p, d, *, at):
+    """A transfer that was cancelled at one side while that side copies some of its blocks."""
+    ref = start("promised", p, d)
+    p.endpoint.send(ref, d.peer)
+    p.endpoint.offer(ref, 0, range(4))
+    assert at.is_copying()
+    at.endpoint.cancel(ref)
+    wait_until(lambda: at.state(ref) == "draining", "it drains")
+    return ref
+
+
+@pytest.mark.parametrize(("transport", "how", "who"), moments("sender", "receiver"))
+def test_a_side_that_drains_gives_its_blocks_back_whatever_happens_to_the_other(
+    transport, how, who
+):
+    kinds = {"memory": "gated", "staging_places": 20}
+    with (
+        Side(seed=1, **options(transport, **kinds)) as here,
+        RemoteSide(seed=2, **options(transport)) as there,
+    ):
+        p, d = (here, there) if who == "sender" else (there, here)
+        ref = drain(p, d, at=here)
+        getattr(there, how)()
+        time.sleep(1.5)  # longer than leases and heartbeats bear
+        assert here.state(ref) == "draining", "a copy is still under way"
+        here.let_copies_through()
+        assert here.ended(ref).failure is Failure.CANCELLED
+        assert here.returned(ref) == list(range(4 if who == "sender" else 10))
+        if how == "stop":
+            there.resume()
+            assert poll(there, ref).failure in (
+                Failure.PEER_CANCELLED, Failure.LOST, Failure.FENCED,
+            )  # fmt: skip
+            assert returned(there.told(), ref) == list(range(10 if who == "sender" else 4))
+
+
+@pytest.mark.parametrize(("transport", "how", "who"), moments("sender", "receiver"))
+def test_a_side_that_dies_or_hangs_while_it_drains_leaves_nothing_at_the_other(transport, how, who):
+    kinds = {"memory": "gated", "staging_places": 20}
+    with (
+        Side(seed=1, **options(transport)) as here,
+        RemoteSide(seed=2, **options(transport, **kinds)) as there,
+    ):
+        p, d = (there, here) if who == "sender" else (here, there)
+        ref = drain(p, d, at=there)
+        getattr(there, how)()
+        assert here.ended(ref).failure in (Failure.PEER_CANCELLED, Failure.LOST)
+        assert here.returned(ref) == list(range(10 if who == "sender" else 4))
+        if how == "stop":
+            there.resume()
+            there.let_copies_through()
+            assert poll(there, ref).failure is Failure.CANCELLED
+            assert returned(there.told(), ref) == list(range(4 if who == "sender" else 10))
 
 
 @pytest.mark.parametrize("who", ["sender", "receiver"])

@@ -21,6 +21,8 @@ def _serve(pipe, options):
             verb, arguments, named = pipe.recv()
             if verb == "told":
                 pipe.send(side.told())
+            elif verb in ("state", "is_copying", "let_copies_through"):
+                pipe.send(getattr(side, verb)(*arguments))
             elif verb == "rows":
                 pipe.send(side.pool[list(arguments)].copy())
             else:
@@ -28,7 +30,8 @@ def _serve(pipe, options):
 
 
 class RemoteSide:
-    """Verbs of its endpoint as methods; the rest as on `Side`."""
+    """Verbs of its endpoint as methods; the rest as on `Side`. With gated memory also `is_copying`
+    and `let_copies_through`."""
 
     def __init__(self, **options):
         self._pipe, theirs = _spawn.Pipe()

@@ -135,6 +135,20 @@ class Side:
     def released(self, ref):
         return [s for e in self.told() if isinstance(e, Released) and e.ref == ref for s in e.slots]
 
+    def state(self, ref):
+        """Of a transfer's machine on this side; None when there is none, or no more."""
+        core = self.endpoint._core
+        live = core.receiver._incoming.get(ref) or core.sender._departing.get(ref)
+        return None if live is None else live.machine.state.value
+
+    def is_copying(self):
+        """Of a gated side: a copy has begun, and waits."""
+        return self.copies.entered.wait(10)
+
+    def let_copies_through(self):
+        """Of a gated side: from now on they do not wait."""
+        self.copies.gate.set()
+
     def places_taken(self):
         """Of a staged side: out, in."""
         return self.memory_used.outbound.num_taken, self.memory_used.inbound.num_taken

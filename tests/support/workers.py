@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 START_S = 120
-AS_DEVICE = Path(__file__).parent / "as_device"
+IN_WORKER = Path(__file__).parent / "in_worker"
 
 
 class WorkerProcess:
-    """`python -m quire.worker` on a socket in `folder`; with `pool="device"` its KV pool, on a CPU
-    too, is exchanged as one in a device's memory is."""
+    """`python -m quire.worker` on a socket in `folder`, with a role. `changes`: variables of what
+    is changed in it, see `in_worker`."""
 
     def __init__(
         self,
@@ -34,18 +34,20 @@ class WorkerProcess:
         name: str,
         engine: dict,
         transfer: dict | None = None,
-        pool: str = "host",
+        *,
+        role: str = "both",
+        changes: dict[str, str] | None = None,
     ) -> None:
         self.name = name
         self.address = f"unix:{folder}/{name}.sock"
-        path = os.pathsep.join(filter(None, (str(AS_DEVICE), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(IN_WORKER), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "quire.worker"],
             stdin=subprocess.PIPE,
-            env=os.environ | ({"PYTHONPATH": path} if pool == "device" else {}),
+            env=os.environ | ({"PYTHONPATH": path} | changes if changes else {}),
         )
         options = {"engine": engine, "listen": self.address, "worker": name, "transfer": transfer}
-        options["log_level"] = os.environ.get("QUIRE_TEST_LOG", "warning")
+        options |= {"role": role, "log_level": os.environ.get("QUIRE_TEST_LOG", "warning")}
         self.process.stdin.write(json.dumps(options).encode() + b"\n")
         self.process.stdin.flush()
         self.channel = grpc.aio.insecure_channel(self.address)
