@@ -77,6 +77,8 @@ class EngineState:
     blocks_free: int
     blocks_cached: int
     blocks_owned: int
+    blocks_promised: int
+    """Of those free or cached: what admitted prompts will still need."""
     preemptions: int
     cache_queries: int
     cache_hits: int
@@ -217,6 +219,7 @@ class EngineLoop:
             blocks_free=blocks.free,
             blocks_cached=blocks.cached,
             blocks_owned=blocks.owned,
+            blocks_promised=blocks.promised,
             preemptions=scheduler.counters.preemptions,
             cache_queries=scheduler.counters.cache_queries,
             cache_hits=scheduler.counters.cache_hits,

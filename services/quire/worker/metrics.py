@@ -89,6 +89,7 @@ class EngineMetrics:
         get(m.KV_BLOCKS, "free").set(state.blocks_free)
         get(m.KV_BLOCKS, "cached").set(state.blocks_cached)
         get(m.KV_BLOCKS, "owned").set(state.blocks_owned)
+        get(m.KV_PROMISED_BLOCKS).set(state.blocks_promised)
         get(m.STEP_AGE).set(step_age_s)
         self._preemptions.value = state.preemptions
         self._queries.value = state.cache_queries

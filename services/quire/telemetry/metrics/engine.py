@@ -36,6 +36,10 @@ KV_BLOCKS = GaugeDeclaration(
     help="KV blocks by state; the states sum to the pool.",
     labels=("state",), values=(("free", "cached", "owned"),),
 )  # fmt: skip
+KV_PROMISED_BLOCKS = GaugeDeclaration(
+    name="quire_kv_promised_blocks", unit="blocks", component="engine",
+    help="Free or cached KV blocks that admitted prompts will still need.",
+)  # fmt: skip
 CACHE_CONFIG = InfoDeclaration(
     name="quire_cache_config_info", component="engine",
     help="Shape of the KV cache.",
