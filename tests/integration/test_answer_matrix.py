@@ -42,7 +42,9 @@ FEATURES = {
     "bad_words": {"temperature": 0.5, "seed": 2, "bad_words": ["self", "return"]},
     "echo": {"temperature": 0, "echo": True},
     "prompt_logprobs": {"temperature": 0, "prompt_logprobs": 2},
-    "several_prompts": {"prompt": [PROMPT, PROMPT[:-20], "class A:\n    def "], "seed": 4},
+    "several_prompts": {
+        "prompt": [f"# 1\n{PROMPT}", f"# 2\n{PROMPT[:-20]}", "class A:\n    def "], "seed": 4,
+    },
     "one_token": {"temperature": 1.0, "seed": 4, "max_tokens": 1, "n": 2},
 }  # fmt: skip
 CHATS = {

@@ -19,7 +19,7 @@ ENGINE = {
     "max_model_len": 1024,
     "num_threads": 1,
 }
-UCX_TLS = {"nixl over shared memory": "cma,posix,self", "nixl over tcp": "tcp"}
+UCX_TLS = {"nixl over shared memory": "cma,posix,self,tcp", "nixl over tcp": "tcp"}
 """What UCX may use; by itself it takes shared memory between processes of one host."""
 CELLS = [
     pytest.param((dtype, transport), id=f"{dtype}-{transport}", marks=marks)

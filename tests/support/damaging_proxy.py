@@ -28,14 +28,16 @@ class Proxy:
         self.plan, self.port = plan, port
         self._carry = self._carry_frames if frames else self._carry_bytes
         self.num_connections = 0
+        self.writers: set[asyncio.StreamWriter] = set()
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A connection; both ends of it end together."""
         self.num_connections += 1
-        writers = [writer]
+        writers = {writer}
+        self.writers |= writers
         try:
             there, onward = await asyncio.open_connection(THERE, self.port)
-            writers.append(onward)
+            writers.add(onward)
             ways = [self._carry(reader, onward), self._carry(there, writer)]
             tasks = [asyncio.create_task(way) for way in ways]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -45,6 +47,7 @@ class Proxy:
         except OSError:
             pass  # nobody is there any more
         finally:
+            self.writers -= writers
             for one in writers:
                 one.transport.abort()
 
@@ -101,3 +104,5 @@ async def proxy(plan: FaultPlan, port: int, *, frames: bool):
         yield carrier
     finally:
         server.close()
+        for writer in carrier.writers:
+            writer.transport.abort()
