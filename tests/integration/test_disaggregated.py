@@ -70,6 +70,7 @@ class Trio:
     """A decode and a prefill worker, and one that does both."""
 
     def __init__(self, folder, dtype: str, transport: str, **options) -> None:
+        self.transport = transport
         engine = ENGINE | {"dtype": dtype} | options
         ucx, (transport, *_) = UCX_TLS.get(transport), transport.split()
         # patient: on a busy machine a missed heartbeat would move the prompt to the decode worker
@@ -161,6 +162,17 @@ async def test_many_at_once_give_the_same_answers(trio) -> None:
     same(got, want)
     for worker in (trio.decode, trio.prefill):
         await worker.wait_released()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_one_sided_writes_take_the_way_that_ucx_was_told(trio) -> None:
+    """Over TCP they have connections of their own, beside the link's."""
+    if trio.transport not in UCX_TLS:
+        pytest.skip("UCX is not told")
+    [answer] = await ask(trio.decode, [submit(1, prompt(9, 200), trio.prefill)])
+    assert not answer.admission.remote.failed
+    num_connections = len(trio.prefill.sockets() & {x[::-1] for x in trio.decode.sockets()})
+    assert (num_connections > 1) == (trio.transport == "nixl over tcp")
 
 
 @pytest.mark.asyncio(loop_scope="module")

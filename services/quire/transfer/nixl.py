@@ -232,7 +232,7 @@ class NixlTransport:
         name = f"{identity.worker}-{identity.shard.rank}-{identity.incarnation:016x}"
         try:
             self._agent = await self.run(Agent, name, self._node.memory)
-        except Exception as error:  # noqa: BLE001 (the library raises its own kinds)
+        except Exception as error:  # the library raises its own kinds
             raise OSError(f"nixl cannot start: {error or type(error).__name__}") from error
 
         def take(channel: Channel) -> None:
