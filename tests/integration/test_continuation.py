@@ -73,7 +73,7 @@ async def disturb(server, how: str, rng: random.Random, has_effect) -> int:
     what is to follow from it has been seen."""
     count = 0
     async with asyncio.timeout(LONGEST_S):
-        while not (count > 2 and await asyncio.to_thread(has_effect)):
+        while not (count > 1 and await asyncio.to_thread(has_effect)):
             await asyncio.sleep(rng.uniform(0.3, 1.0))
             if await asyncio.to_thread(up, server) < 2:
                 continue
@@ -132,10 +132,10 @@ def test_each_continuation_is_one_log_line_and_one_count(server, reference) -> N
 
 
 def traced(server, number: int) -> list[tuple[str, ...]]:
-    """The continuations of a request by its trace, as in `CONTINUED`."""
+    """The continuations of a request's only prompt by its trace, as in `CONTINUED`."""
     name = request_id(number)
     [prompt] = json.loads(server.get(f"/v1/requests/{name}/trace"))["prompts"]
     return [
-        (name, one["worker"], str(one["attempt"]), str(one["tokens_before"]), before["lost"])
+        (f"{name}-0", one["worker"], str(one["attempt"]), str(one["tokens_before"]), before["lost"])
         for before, one in itertools.pairwise(prompt["attempts"])
     ]

@@ -166,13 +166,12 @@ async def test_many_at_once_give_the_same_answers(trio) -> None:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_one_sided_writes_take_the_way_that_ucx_was_told(trio) -> None:
-    """Over TCP they have connections of their own, beside the link's."""
     if trio.transport not in UCX_TLS:
         pytest.skip("UCX is not told")
     [answer] = await ask(trio.decode, [submit(1, prompt(9, 200), trio.prefill)])
     assert not answer.admission.remote.failed
-    num_connections = len(trio.prefill.sockets() & {x[::-1] for x in trio.decode.sockets()})
-    assert (num_connections > 1) == (trio.transport == "nixl over tcp")
+    for worker in (trio.decode, trio.prefill):
+        assert worker.shares_memory() == (trio.transport == "nixl over shared memory")
 
 
 @pytest.mark.asyncio(loop_scope="module")
