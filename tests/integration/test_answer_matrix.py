@@ -42,7 +42,9 @@ FEATURES = {
     "bad_words": {"temperature": 0.5, "seed": 2, "bad_words": ["self", "return"]},
     "echo": {"temperature": 0, "echo": True},
     "prompt_logprobs": {"temperature": 0, "prompt_logprobs": 2},
-    "several_prompts": {"prompt": [PROMPT, PROMPT[:-20], "class A:\n    def "], "seed": 4},
+    "several_prompts": {
+        "prompt": [f"# 1\n{PROMPT}", f"# 2\n{PROMPT[:-20]}", "class A:\n    def "], "seed": 4,
+    },
     "one_token": {"temperature": 1.0, "seed": 4, "max_tokens": 1, "n": 2},
 }  # fmt: skip
 CHATS = {
@@ -52,9 +54,13 @@ CHATS = {
 }
 
 
-def answer(server, path: str, body: dict) -> list[dict]:
+LOCAL = {"prompt_logprobs"}
+"""Features whose prompts are computed where they are decoded."""
+
+
+def answer(server, path: str, body: dict, headers: dict[str, str]) -> list[dict]:
     """The choices of a request."""
-    choices = server.post(path, body)["choices"]
+    choices = json.loads(server.send(path, body, headers))["choices"]
     return [{key: value for key, value in c.items() if key != "id"} for c in choices]
 
 
@@ -81,9 +87,13 @@ def requests() -> dict[str, tuple[str, dict]]:
         n: ("/v1/completions", base | {"prompt": f"# {n}\n{PROMPT}"} | f)
         for n, f in FEATURES.items()
     }
-    messages = [{"role": "user", "content": "Write a function that reads a file, please. " * 6}]
+    wish = "Write a function that reads a file, please. " * 6
     chats = {
-        n: ("/v1/chat/completions", base | {"messages": messages} | f) for n, f in CHATS.items()
+        n: (
+            "/v1/chat/completions",
+            base | {"messages": [{"role": "user", "content": f"# {n}: {wish}"}]} | f,
+        )
+        for n, f in CHATS.items()
     }
     return plain | chats
 
@@ -91,13 +101,43 @@ def requests() -> dict[str, tuple[str, dict]]:
 def all_answers(server) -> dict[str, list[dict]]:
     """By feature, asked eight at a time."""
     with ThreadPoolExecutor(8) as pool:
-        asked = {n: pool.submit(answer, server, *request) for n, request in requests().items()}
+        asked = {
+            name: pool.submit(answer, server, *request, {"X-Request-Id": name})
+            for name, request in requests().items()
+        }
         return {name: future.result() for name, future in asked.items()}
 
 
 def computed(server) -> float:
     """Tokens that the prefill worker computed."""
     return server.metric('quire_step_tokens_sum{engine="0"')
+
+
+def computed_elsewhere(server, name: str) -> list[int]:
+    """Blocks of each of the feature's prompts that came from the prefill worker.
+
+    They are all of them, but for a prompt too short to be worth it; a prompt whose own
+    log-probabilities are wanted is computed where it is scored.
+    """
+    trace = json.loads(server.get(f"/v1/requests/{name}/trace"))
+    is_local = [name in LOCAL] * len(trace["prompts"])
+    if name == "several_prompts":
+        is_local[-1] = True
+    blocks = []
+    for shown, local in zip(trace["prompts"], is_local, strict=True):
+        [attempt] = shown["attempts"]
+        assert shown["cached_tokens"] == 0, name
+        if local:
+            assert "transfer" not in shown, f"{name}: computed elsewhere"
+            continue
+        assert attempt["prefill_worker"] == "prefill-0", f"{name}: computed where it is decoded"
+        assert shown["transfer"]["prefill_worker"] == "prefill-0", name
+        assert not shown["transfer"]["failed"], name
+        assert shown["transfer"]["cached_tokens"] == 0, f"{name}: was not computed"
+        blocks.append(sum(chunk["blocks"] for chunk in shown["transfer"]["chunks"]))
+    if len(trace["prompts"]) == 1 and not is_local[0]:
+        assert blocks == [-(-trace["usage"]["prompt_tokens"] // 16)], name
+    return blocks
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +166,9 @@ def test_prefill_and_decode_answer_as_one_engine_does(references, dtype, transpo
         got = all_answers(server)
         for name, choices in want.items():
             assert got[name] == choices, name
-        assert computed(server) - before > 1000, "the prefill worker computed next to nothing"
+        blocks = [count for name in want for count in computed_elsewhere(server, name)]
+        tokens = computed(server) - before
+        assert 16 * sum(count - 1 for count in blocks) < tokens <= 16 * sum(blocks)
         for name in ("seeded", "stop", "chat"):
             path, body = requests()[name]
             parts = streamed_texts(server, path, body)

@@ -1,136 +1,141 @@
-"""Workers killed and stopped under load: every request goes on, same text, and nothing leaks.
-
-The demo model on a CPU gives the same bits in any batch: a disturbed run has to equal a calm one.
-"""
+"""Workers killed and stopped under load: every request goes on, same text, and nothing leaks."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 import os
 import random
+import re
 import signal
+from collections import Counter
 
 import pytest
-from http_answers import choices_of
+from pages import FailedTransfers, Growth, samples, wait_released
 from server import running_server
-from waiting import wait_until
+from unlike import SMALL_STEPS, Load, answers_to, assert_same_answers, request_id
+from waiting import until, wait_until
 
+ENGINE = (
+    "--max-model-len", "512", "--kv-cache-memory-bytes", "32M", "--num-threads", "1", *SMALL_STEPS,
+)  # fmt: skip
 FLEETS = {
     "equal": ("--replicas", "2"),
-    "disaggregated": ("--prefill", "1", "--decode", "1", "--kv-lease-s", "2"),
-}
-FLAGS = (
-    "--max-model-len", "512", "--kv-cache-memory-bytes", "32M",
-    "--worker-silence", "1.5", "--num-threads", "1",
-)  # fmt: skip
+    # by cost, short prompts would be computed where they are decoded
+    "disaggregated": (
+        "--prefill", "1", "--decode", "1", "--kv-lease-s", "2", "--routing-policy", "least_load",
+    ),
+}  # fmt: skip
 RNG_SEED = 11
+LONGEST_S = 40
+"""For a fault to have had its effect."""
+numbers = itertools.count()
+CONTINUED = re.compile(
+    r"request (\S+) goes on at worker (\S+), attempt (\d+), behind (\d+) tokens \((\w+)\)"
+)
 
 
-@pytest.fixture(scope="module", params=FLEETS)
-def server(request):
-    with running_server(*FLAGS, *FLEETS[request.param]) as server:
-        wait_until(lambda: server.metric("quire_gateway_worker_up") == 2, "both workers are ready")
+@pytest.fixture(scope="module")
+def reference():
+    with running_server(*ENGINE) as server:
         yield server
 
 
-def request_body(number: int) -> dict:
-    rng = random.Random(number)
-    body = {
-        "model": "demo",
-        "prompt": f"# file {number % 5}\n" + "import os\n" * rng.randrange(40) + "def ",
-        "max_tokens": rng.choice([60, 150, 250]),
-        "ignore_eos": True,
-        "n": rng.choice([1, 1, 2]),
-        "stream": rng.random() < 0.8,
-        "temperature": rng.choice([0, 0.9]),
-        "seed": number,
-    }
-    if rng.random() < 0.3:
-        body["stop"] = ["self"]
-    if rng.random() < 0.2:
-        body["logprobs"] = 1
-    return body
+@pytest.fixture(scope="module", params=FLEETS)
+def server(request, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    flags = (*ENGINE, "--worker-silence", "1.5", *FLEETS[request.param])
+    with running_server(*flags, log=log) as server:
+        wait_until(lambda: up(server) == 2, "both workers are ready")
+        server.log = log
+        server.has_transfers = request.param == "disaggregated"
+        yield server
 
 
-async def texts_of(port: int, body: dict) -> list[tuple[str, str, int]]:
-    """(text, finish reason, number of scored tokens) of each choice."""
-    choices = await choices_of(port, body)
-    return [(c.text, c.finish_reason, len(c.tokens)) for c in choices]
+def up(server) -> float:
+    return server.metric("quire_gateway_worker_up")
 
 
-async def all_texts(port: int, numbers: range, at_once: int) -> list[list[tuple[str, str, int]]]:
-    limit = asyncio.Semaphore(at_once)
-
-    async def one(number: int) -> list[tuple[str, str, int]]:
-        async with limit:
-            return await texts_of(port, request_body(number))
-
-    return await asyncio.gather(*(one(number) for number in numbers))
+def resubmissions(server) -> dict[str, float]:
+    """By reason, those that there were."""
+    found = samples([server.get("/metrics")], "quire_gateway_resubmissions_total{")
+    return {name.split('"')[1]: value for name, value in found.items() if value}
 
 
-def resubmissions(server) -> float:
-    lines = server.get("/metrics").splitlines()
-    mine = [x for x in lines if x.startswith("quire_gateway_resubmissions_total{")]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in mine)
+def assert_nothing_is_left(server, num_workers: int = 2) -> None:
+    wait_until(lambda: up(server) == num_workers, "all are back", 40)
+    wait_released(lambda: [server.get("/metrics")], num_workers)
 
 
-def assert_nothing_is_left(server) -> None:
-    wait_until(lambda: server.metric("quire_gateway_worker_up") == 2, "both are back", 40)
-
-    def held() -> float:
-        lines = server.get("/metrics").splitlines()
-        held = [x for x in lines if x.startswith("quire_kv_promised_blocks{")]
-        held += [x for x in lines if x.startswith("quire_kv_blocks{") and 'state="owned"' in x]
-        if len(held) < 4:
-            return 1.0  # a worker did not answer in time
-        return sum(float(x.rsplit(" ", 1)[1]) for x in held)
-
-    wait_until(lambda: held() == 0, "no block is owned")
-
-
-async def disturb(server, how: str, rng: random.Random, over: asyncio.Event) -> int:
-    """Kill or stop one worker after another at random moments, while another one is ready."""
+async def disturb(server, how: str, rng: random.Random, has_effect) -> int:
+    """Kill or stop one worker after another at random moments, while another one is ready, until
+    what is to follow from it has been seen."""
     count = 0
-    while not over.is_set():
-        await asyncio.sleep(rng.uniform(0.3, 1.0))
-        ready = await asyncio.to_thread(server.metric, "quire_gateway_worker_up")
-        if ready < 2 or over.is_set():
-            continue
-        victim = rng.choice(server.pids()[1:])
-        count += 1
-        if how == "killed":
-            os.kill(victim, signal.SIGKILL)
-        else:
-            os.kill(victim, signal.SIGSTOP)
-            await asyncio.sleep(rng.uniform(3.0, 4.0))  # longer than silence is borne
-            os.kill(victim, signal.SIGCONT)
+    async with asyncio.timeout(LONGEST_S):
+        while not (count > 1 and await asyncio.to_thread(has_effect)):
+            await asyncio.sleep(rng.uniform(0.3, 1.0))
+            if await asyncio.to_thread(up, server) < 2:
+                continue
+            victim = rng.choice(server.pids()[1:])
+            count += 1
+            os.kill(victim, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+            if how == "stopped":
+                await asyncio.sleep(rng.uniform(3.0, 4.0))  # longer than silence is borne
+                os.kill(victim, signal.SIGCONT)
     return count
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_every_answer_is_that_of_an_undisturbed_run(server, how) -> None:
-    numbers = range(60)
-    want = asyncio.run(all_texts(server.port, numbers, 8))
-    before = resubmissions(server)
+def test_every_answer_is_that_of_an_undisturbed_run(server, reference, how) -> None:
+    load = Load([server.port], numbers)
+    pages = lambda: [server.get("/metrics")]  # noqa: E731
+    moved = Growth(pages, "quire_gateway_resubmissions_total{")
+    failed = FailedTransfers(pages)
 
-    async def disturbed():
-        over = asyncio.Event()
-        disturber = asyncio.create_task(disturb(server, how, random.Random(RNG_SEED), over))
-        try:
-            for _ in range(6):  # a fast machine may be through before a request is hit
-                check(await all_texts(server.port, numbers, 8))
-                if await asyncio.to_thread(resubmissions, server) > before:
-                    break
-        finally:
-            over.set()
-            count = await disturber
-        return count
+    def has_effect() -> bool:
+        transfers = failed.look()
+        return moved.look() > 0 and (transfers > 0 or not server.has_transfers)
 
-    def check(got) -> None:
-        for number, (one, other) in enumerate(zip(got, want, strict=True)):
-            assert one == other, f"request {number}: {request_body(number)}"
+    async def disturbed() -> None:
+        async with load.running():
+            await disturb(server, how, random.Random(RNG_SEED), has_effect)
 
-    count = asyncio.run(disturbed())
-    assert count > 0
-    assert resubmissions(server) > before, f"{how} {count} times, and nothing had to go on"
+    asyncio.run(disturbed())
+    assert_same_answers(reference, load.answers)
     assert_nothing_is_left(server)
+
+
+def test_each_continuation_is_one_log_line_and_one_count(server, reference) -> None:
+    """What the log says, the metric counts and a request's trace tells is the same."""
+    asked = list(itertools.islice(numbers, 24))
+    wait_until(lambda: up(server) == 2, "both workers are ready", 40)
+    before, already = Counter(resubmissions(server)), len(server.log.read_text())
+
+    def running() -> dict[str, float]:
+        return samples([server.get("/metrics")], "quire_requests_running{")
+
+    async def with_one_killed():
+        answering = asyncio.create_task(answers_to(server.port, asked, at_once=12))
+        await until(lambda: max(running().values()) >= 4, "requests run")
+        [name, *_] = sorted(running(), key=lambda name: -running()[name])
+        os.kill(server.worker_pid(int(name.split('engine="')[1][0])), signal.SIGKILL)
+        return await answering
+
+    got = asyncio.run(with_one_killed())
+    lines = CONTINUED.findall(server.log.read_text()[already:])
+    assert lines, "nothing went on"
+    assert Counter(line[-1] for line in lines) == Counter(resubmissions(server)) - before
+    assert sorted(lines) == sorted(line for number in asked for line in traced(server, number))
+    assert_same_answers(reference, got)
+    assert_nothing_is_left(server)
+
+
+def traced(server, number: int) -> list[tuple[str, ...]]:
+    """The continuations of a request's only prompt by its trace, as in `CONTINUED`."""
+    name = request_id(number)
+    [prompt] = json.loads(server.get(f"/v1/requests/{name}/trace"))["prompts"]
+    return [
+        (f"{name}-0", one["worker"], str(one["attempt"]), str(one["tokens_before"]), before["lost"])
+        for before, one in itertools.pairwise(prompt["attempts"])
+    ]

@@ -30,8 +30,8 @@ class Trio:
 
         def worker(name: str, pool="host", degree=1, staging=FEW_PLACES) -> WorkerProcess:
             options = ENGINE | {"dtype": "float32", "tensor_parallel_size": degree} | engine
-            changes = {"QUIRE_TEST_POOL": pool}
-            return WorkerProcess(folder, name, options, transfer | staging, changes=changes)
+            environment = {"QUIRE_TEST_POOL": pool}
+            return WorkerProcess(folder, name, options, transfer | staging, environment=environment)
 
         self.left, self.right = worker("left", **left), worker("right", **right)
         self.alone = worker("alone")

@@ -19,7 +19,19 @@ ENGINE = {
     "max_model_len": 1024,
     "num_threads": 1,
 }
-TRANSPORTS = ["tcp", "grpc", "nixl"]
+UCX_TLS = {"nixl over shared memory": "cma,posix,self,tcp", "nixl over tcp": "tcp"}
+"""What UCX may use; by itself it takes shared memory between processes of one host."""
+CELLS = [
+    pytest.param((dtype, transport), id=f"{dtype}-{transport}", marks=marks)
+    for transport, marks in (
+        ("tcp", ()),
+        ("grpc", ()),
+        ("nixl", ()),
+        ("nixl over tcp", ()),
+        ("nixl over shared memory", pytest.mark.slow),
+    )
+    for dtype in ("float32", "bfloat16")
+]
 
 FEATURES = {
     "greedy": {"temperature": 0.0},
@@ -36,6 +48,10 @@ FEATURES = {
 }  # fmt: skip
 
 
+PREFIX = 160
+"""Tokens; ten blocks."""
+
+
 def prompt(seed: int, length: int) -> list[int]:
     return np.random.default_rng(seed).integers(10, 8000, length).tolist()
 
@@ -50,33 +66,27 @@ def submit(number: int, ids: list[int], hint: WorkerProcess | None = None, **sam
     return message
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def dtype(request):
-    return request.param
-
-
-@pytest.fixture(scope="module", params=TRANSPORTS)
-def transport(request):
-    if request.param == "nixl":
-        pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
-    return request.param
-
-
 class Trio:
     """A decode and a prefill worker, and one that does both."""
 
     def __init__(self, folder, dtype: str, transport: str, **options) -> None:
+        self.transport = transport
         engine = ENGINE | {"dtype": dtype} | options
+        ucx, (transport, *_) = UCX_TLS.get(transport), transport.split()
         # patient: on a busy machine a missed heartbeat would move the prompt to the decode worker
         transfer = {"kv_transports": [transport], "kv_heartbeat_s": 5.0, "kv_lease_s": 60.0}
-        self.decode = WorkerProcess(folder, "decode", engine, transfer)
-        self.prefill = WorkerProcess(folder, "prefill", engine, transfer)
+        environment = {"UCX_TLS": ucx} if ucx else {}
+        self.decode = WorkerProcess(folder, "decode", engine, transfer, environment=environment)
+        self.prefill = WorkerProcess(folder, "prefill", engine, transfer, environment=environment)
         self.both = WorkerProcess(folder, "both", engine)
         self.all = (self.decode, self.prefill, self.both)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def trio(tmp_path_factory, dtype, transport):
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=CELLS)
+async def trio(request, tmp_path_factory):
+    dtype, transport = request.param
+    if transport.startswith("nixl"):
+        pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
     trio = Trio(tmp_path_factory.mktemp("sockets"), dtype, transport)
     try:
         await asyncio.gather(*(worker.ready() for worker in trio.all))
@@ -113,13 +123,29 @@ async def test_a_feature_gives_the_same_answer(trio, feature) -> None:
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("where", ["decode", "prefill", "both"])
 async def test_a_cached_prefix_gives_the_same_answer(trio, where) -> None:
-    prefix = prompt({"decode": 71, "prefill": 72, "both": 73}[where], 160)
+    prefix = prompt({"decode": 71, "prefill": 72, "both": 73}[where], PREFIX)
     full = prefix + prompt(5, 100)
     for worker in (trio.decode, trio.prefill) if where == "both" else (getattr(trio, where),):
         await ask(worker, [submit(1, prefix, max_tokens=1)])
     sampling = {"temperature": 0.8, "seed": 8, "n": 2}
-    got = await ask(trio.decode, [submit(1, full, trio.prefill, **sampling)])
-    same(got, await ask(trio.both, [submit(1, full, **sampling)]))
+    computed = await trio.prefill.metric("quire_step_tokens_sum")
+    hits = await trio.prefill.metric("quire_prefix_cache_hits_total")
+    sent = await trio.prefill.metric("quire_kv_transfer_blocks_total")
+    [got] = await ask(trio.decode, [submit(1, full, trio.prefill, **sampling)])
+    same([got], await ask(trio.both, [submit(1, full, **sampling)]))
+
+    on_decode = PREFIX if where != "prefill" else 0
+    on_prefill = PREFIX if where != "decode" else 0
+    admission = got.admission
+    assert not admission.remote.failed
+    assert (admission.cached_tokens, admission.remote.cached_tokens) == (on_decode, on_prefill)
+    assert await trio.prefill.metric("quire_prefix_cache_hits_total") - hits == on_prefill
+    # what it had not cached it computed, and only what the other one had not cached was sent
+    assert await trio.prefill.metric("quire_step_tokens_sum") - computed == len(full) - on_prefill
+    blocks = -(-(len(full) - on_decode) // 16)
+    assert await trio.prefill.metric("quire_kv_transfer_blocks_total") - sent == blocks
+    for worker in (trio.decode, trio.prefill):
+        await worker.wait_released()
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -136,6 +162,16 @@ async def test_many_at_once_give_the_same_answers(trio) -> None:
     same(got, want)
     for worker in (trio.decode, trio.prefill):
         await worker.wait_released()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_one_sided_writes_take_the_way_that_ucx_was_told(trio) -> None:
+    if trio.transport not in UCX_TLS:
+        pytest.skip("UCX is not told")
+    [answer] = await ask(trio.decode, [submit(1, prompt(9, 200), trio.prefill)])
+    assert not answer.admission.remote.failed
+    for worker in (trio.decode, trio.prefill):
+        assert worker.shares_memory() == (trio.transport == "nixl over shared memory")
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -18,7 +18,7 @@ from quire.config.transfer import TransferConfig
 from quire.proto import worker_pb2
 from quire.transfer import endpoint
 from quire.transfer.faults import FaultPlan, FaultyTransport
-from quire.transfer.tcp import TcpTransport
+from quire.transfer.transports import make_transports
 
 ROUNDS = 4
 FAULTS = {
@@ -29,6 +29,7 @@ FAULTS = {
     "delay": {"delay": 0.05, "delay_s": 0.02},
     "everything": {"drop": 0.01, "duplicate": 0.05, "reorder": 0.05, "corrupt": 0.02},
 }
+NIXL_FAULTS = {name: plan for name, plan in FAULTS.items() if "delay" not in plan}
 
 
 def engine(dtype: str, budget: int) -> EngineConfig:
@@ -113,12 +114,30 @@ async def test_a_block_has_the_same_bits_everywhere_for_long(tmp_path, transport
 
 
 @pytest.mark.parametrize("faults", FAULTS)
-async def test_a_bad_wire_changes_no_bit(tmp_path, monkeypatch, faults) -> None:
-    transfer = TransferConfig(kv_transports=("tcp",), kv_heartbeat_s=0.2, kv_lease_s=1.0)
+@pytest.mark.parametrize("transport", ["tcp", "grpc"])
+async def test_a_bad_wire_changes_no_bit(tmp_path, monkeypatch, transport, faults) -> None:
+    transfer = TransferConfig(kv_transports=(transport,), kv_heartbeat_s=0.2, kv_lease_s=1.0)
     plan = FaultPlan(seed=3, **FAULTS[faults])
-    faulty = FaultyTransport(TcpTransport(transfer), plan)
-    clean = TcpTransport(transfer)
-    turns = iter([[faulty], [clean]])  # the prefill worker's, which starts first, and the other's
-    monkeypatch.setattr(endpoint, "make_transports", lambda *_: next(turns))
+    plans = iter([plan, FaultPlan()])  # the prefill worker's, which starts first, and the other's
+
+    def faulty(config, node):
+        [inner] = make_transports(config, node)
+        return [FaultyTransport(inner, next(plans))]
+
+    monkeypatch.setattr(endpoint, "make_transports", faulty)
     await compare(tmp_path, "bfloat16", transfer, ROUNDS, seed=2)
-    assert sum(plan.done.values()) > 0, "nothing happened to the wire"
+    assert plan.done.keys() == FAULTS[faults].keys() - {"delay_s"}, "not all of it happened"
+
+
+@pytest.mark.parametrize("faults", NIXL_FAULTS)
+async def test_bad_notes_and_landing_slots_change_no_bit(tmp_path, monkeypatch, faults) -> None:
+    """One-sided writes that are damaged in the slot where they land, and whose notes, which go both
+    ways over a socket, are lost, repeated and late."""
+    pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
+    from faulty_nixl import make_faulty
+
+    transfer = TransferConfig(kv_transports=("nixl",), kv_heartbeat_s=0.2, kv_lease_s=1.0)
+    plan = FaultPlan(seed=3, **NIXL_FAULTS[faults])
+    make_faulty(monkeypatch, plan)
+    await compare(tmp_path, "bfloat16", transfer, ROUNDS, seed=2)
+    assert plan.done.keys() == NIXL_FAULTS[faults].keys(), "not all of it happened"

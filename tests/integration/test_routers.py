@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -11,15 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from pages import wait_released
 from server import running_server
+from unlike import Load, assert_same_answers
 from waiting import wait_until
 
-FLAGS = (
-    "--prefill", "1", "--decode", "2", "--routers", "2", "--max-model-len", "512",
-    "--kv-cache-memory-bytes", "32M", "--num-threads", "1",
-)  # fmt: skip
+ENGINE = ("--max-model-len", "512", "--kv-cache-memory-bytes", "32M", "--num-threads", "1")
+FLAGS = (*ENGINE, "--prefill", "1", "--decode", "2", "--routers", "2")
 PRIOR_RATE = 8000.0
 """Prompt tokens per second of a worker that has not reported any."""
+numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with running_server(*ENGINE) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -117,30 +125,14 @@ def test_a_router_that_stays_stopped_is_started_again(server):
     wait_until(lambda: len(router_pids(server)) == 2, "another one runs")
 
 
-async def load(server, over: asyncio.Event) -> list[float]:
-    """Requests, one after the other in a few clients, until told to stop; how long each took."""
-
-    async def client(number: int) -> list[float]:
-        took, turn = [], 0
-        while not over.is_set():
-            turn += 1
-            began = time.monotonic()
-            answer = await asyncio.to_thread(complete, server, f"# {number} {turn}\n" * 12)
-            assert answer["choices"][0]["finish_reason"] == "length"
-            took.append(time.monotonic() - began)
-        return took
-
-    done = await asyncio.gather(*(client(number) for number in range(4)))
-    return [seconds for took in done for seconds in took]
-
-
 async def soon(condition, what: str) -> None:
     await asyncio.to_thread(wait_until, condition, what)
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_no_request_fails_whatever_happens_to_routers(server, how):
+def test_every_answer_is_the_same_whatever_happens_to_routers(server, reference, how):
     """One, then the other, then both at once; each time requests go on, and routers come back."""
+    load = Load([server.port], numbers, num_clients=4)
     harm = signal.SIGKILL if how == "killed" else signal.SIGSTOP
 
     async def lose(pids: list[int]) -> None:
@@ -159,18 +151,14 @@ def test_no_request_fails_whatever_happens_to_routers(server, how):
         before = placements(server, "router")
         await soon(lambda: placements(server, "router") > before, "a router decides again")
 
-    async def everything() -> list[float]:
-        over = asyncio.Event()
-        loading = asyncio.create_task(load(server, over))
-        try:
+    async def everything() -> None:
+        async with load.running():
             for which in (slice(0, 1), slice(1, 2), slice(0, 2)):
                 await lose(router_pids(server)[which])
                 await asyncio.sleep(1.5)  # both are found to be there again
-        finally:
-            over.set()
-            took = await loading
-        return took
 
-    took = asyncio.run(everything())
-    assert len(took) > 20
+    asyncio.run(everything())
+    assert len(load.answers) > 20
+    assert_same_answers(reference, load.answers)
+    wait_released(lambda: [server.get("/metrics")], 3)
     wait_until(lambda: is_routed(server), "the routers know all workers again")

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 from server import running_server
-from test_continuation import all_texts, assert_nothing_is_left, resubmissions
+from test_continuation import assert_nothing_is_left, resubmissions
+from unlike import answers_to, assert_same_answers
 from waiting import wait_until
 
 FLAGS = (
-    "--replicas", "2", "-tp", "2", "--max-model-len", "512",
+    "-tp", "2", "--max-model-len", "512",
     "--kv-cache-memory-bytes", "32M", "--num-threads", "1",
 )  # fmt: skip
 START_S = 120
@@ -27,8 +28,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server(*FLAGS) as server:
+    with running_server("--replicas", "2", *FLAGS) as server:
         wait_until(lambda: server.metric("quire_gateway_worker_up") == 2, "both are ready", START_S)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """One replica: in bf16 the sums of two ranks differ in the last bits from those of one."""
+    with running_server(*FLAGS) as server:
         yield server
 
 
@@ -60,16 +68,15 @@ async def disturb(server, number: int, over: asyncio.Event) -> list[int]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_every_answer_is_that_of_an_undisturbed_run(server, number) -> None:
-    numbers = range(40)
-    want = asyncio.run(all_texts(server.port, numbers, 8))
+def test_every_answer_is_that_of_an_undisturbed_run(server, reference, number) -> None:
+    numbers = range(100 * number, 100 * number + 40)
     before = resubmissions(server)
 
     async def disturbed():
         over = asyncio.Event()
         disturber = asyncio.create_task(disturb(server, number, over))
         try:
-            got = await all_texts(server.port, numbers, 8)
+            got = await answers_to(server.port, numbers)
         finally:
             over.set()
             victims = await disturber
@@ -77,8 +84,8 @@ def test_every_answer_is_that_of_an_undisturbed_run(server, number) -> None:
 
     got, victims = asyncio.run(disturbed())
     assert victims
-    assert got == want
-    assert resubmissions(server) > before, f"{victims} were lost, and nothing had to go on"
+    assert_same_answers(reference, got)
+    assert resubmissions(server) != before, f"{victims} were lost, and nothing had to go on"
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in victims), "ranks ended")
     wait_until(lambda: server.metric("quire_gateway_worker_up") == 2, "both are back", START_S)
     assert_nothing_is_left(server)

@@ -184,11 +184,11 @@ async def fleets(tmp_path_factory):
             for name in list(running):
                 await running.pop(name).stop()
             folder = tmp_path_factory.mktemp(wire)
-            changes = {"QUIRE_TEST_STATES": str(folder)}
+            environment = {"QUIRE_TEST_STATES": str(folder)}
             if wire == "staged":
-                changes["QUIRE_TEST_POOL"] = "device"
+                environment["QUIRE_TEST_POOL"] = "device"
             transfer = TRANSFER | {"kv_transports": ["tcp" if wire == "staged" else wire]}
-            running[wire] = Fleet(folder, ENGINES, transfer, changes)
+            running[wire] = Fleet(folder, ENGINES, transfer, environment)
             await running[wire].start()
         running[wire].is_sound = False
         return running[wire]

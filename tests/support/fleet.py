@@ -29,13 +29,13 @@ SILENCE_S = 1.0
 
 
 class Fleet:
-    """`start` it, use it, `stop` it. `engines`: options by role; `changes`: see `WorkerProcess`."""
+    """`start` it, use it, `stop` it. `engines`: options by role; `environment`: of the workers."""
 
     def __init__(
-        self, folder: Path, engines: dict[str, dict], transfer: dict, changes: dict[str, str]
+        self, folder: Path, engines: dict[str, dict], transfer: dict, environment: dict[str, str]
     ) -> None:
         self.folder = folder
-        self._engines, self._transfer, self._changes = engines, transfer, changes
+        self._engines, self._transfer, self._environment = engines, transfer, environment
         self.workers: dict[str, WorkerProcess] = {}
         self._models: dict[str, worker_pb2.ModelInfo] = {}
         self._router: subprocess.Popen | None = None
@@ -156,7 +156,12 @@ class Fleet:
         (self.folder / f"{name}.sock").unlink(missing_ok=True)
         role = ROLES[name]
         self.workers[name] = WorkerProcess(
-            self.folder, name, self._engines[role], self._transfer, role=role, changes=self._changes
+            self.folder,
+            name,
+            self._engines[role],
+            self._transfer,
+            role=role,
+            environment=self._environment,
         )
 
     def _start_router(self) -> None:

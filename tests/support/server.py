@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,19 @@ class Server:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [self.process.pid, *map(int, children.split())]
 
+    def worker_pid(self, number: int) -> int:
+        """The process that listens on the worker's socket."""
+        for pid in self.pids()[1:]:
+            inodes = set()
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    inodes.add(str(fd.readlink()))
+            for line in Path("/proc/net/unix").read_text().splitlines():
+                is_its = line.endswith(f"/worker-{number}.sock")
+                if is_its and f"socket:[{line.split()[6]}]" in inodes:
+                    return pid
+        raise AssertionError(f"worker {number} is not there")
+
     def resident_bytes(self) -> list[int]:
         """Resident memory of each process."""
         page = os.sysconf("SC_PAGE_SIZE")
@@ -70,14 +83,16 @@ class Server:
         raise AssertionError("the server did not become ready")
 
 
-@contextmanager
-def running_server(*flags: str):
-    """`quire serve` with flags on a free port, stopped in the end."""
+@contextlib.contextmanager
+def running_server(*flags: str, log: Path | None = None):
+    """`quire serve` with flags on a free port, stopped in the end; `log` gets what it and its
+    children say."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     command = [sys.executable, "-m", "quire", "serve", "--port", str(port), *flags]
-    process = subprocess.Popen(command, start_new_session=True)
+    with contextlib.nullcontext() if log is None else log.open("wb") as errors:
+        process = subprocess.Popen(command, start_new_session=True, stderr=errors)
     server = Server(port, process)
     try:
         server.wait_ready()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import grpc
@@ -18,15 +19,15 @@ from quire.proto import worker_pb2
 from quire.proto.worker_pb2_grpc import WorkerStub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 START_S = 120
 IN_WORKER = Path(__file__).parent / "in_worker"
 
 
 class WorkerProcess:
-    """`python -m quire.worker` on a socket in `folder`, with a role. `changes`: variables of what
-    is changed in it, see `in_worker`."""
+    """`python -m quire.worker` on a socket in `folder`, with a role. `environment`: its own
+    variables, those of what is changed in it among them, see `in_worker`."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class WorkerProcess:
         transfer: dict | None = None,
         *,
         role: str = "both",
-        changes: dict[str, str] | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self.address = f"unix:{folder}/{name}.sock"
@@ -44,7 +45,7 @@ class WorkerProcess:
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "quire.worker"],
             stdin=subprocess.PIPE,
-            env=os.environ | ({"PYTHONPATH": path} | changes if changes else {}),
+            env=os.environ | {"PYTHONPATH": path} | environment,
         )
         options = {"engine": engine, "listen": self.address, "worker": name, "transfer": transfer}
         options |= {"role": role, "log_level": os.environ.get("QUIRE_TEST_LOG", "warning")}
@@ -74,11 +75,12 @@ class WorkerProcess:
         raise AssertionError("no load")
 
     async def wait_released(self, timeout_s: float = 15.0) -> worker_pb2.Load:
-        """Until no request is there and no block is owned."""
+        """Until no request is there and no block is owned or promised."""
         async with asyncio.timeout(timeout_s):
             while True:
                 load = await self.load()
-                if not (load.running or load.waiting or load.blocks_owned):
+                held = load.blocks_owned or await self.metric("quire_kv_promised_blocks")
+                if not (load.running or load.waiting or held):
                     return load
                 await asyncio.sleep(0.05)
 
@@ -86,6 +88,10 @@ class WorkerProcess:
         request = worker_pb2.ControlRequest(collect_metrics=worker_pb2.CollectMetrics())
         page = (await self.stub.Control(request, timeout=10)).metrics
         return sum(float(x.rsplit(" ", 1)[1]) for x in page.splitlines() if x.startswith(name))
+
+    def shares_memory(self) -> bool:
+        """Its UCX has memory in common with another process, by which it reaches that."""
+        return "/dev/shm/ucx_" in Path(f"/proc/{self.process.pid}/maps").read_text()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.process.pid, number)
@@ -107,11 +113,14 @@ class Answer:
         self.logprobs: dict[int, list[tuple]] = {}
         self.ended: dict[int, int] = {}
         self.failure: worker_pb2.Failure | None = None
+        self.admission: worker_pb2.Admission | None = None
 
     def take(self, output: worker_pb2.ChoiceOutput) -> None:
         tokens = self.tokens.setdefault(output.choice, [])
         assert output.position == len(tokens), "a token is missing or repeated"
         assert output.choice not in self.ended, "a choice went on after its end"
+        if output.HasField("admission"):
+            self.admission = output.admission
         tokens.extend(output.token_ids)
         self.logprobs.setdefault(output.choice, []).extend(
             (p.logprob, p.rank, tuple(p.top_ids), tuple(p.top_logprobs)) for p in output.logprobs

@@ -78,7 +78,7 @@ class EngineState:
     blocks_cached: int
     blocks_owned: int
     blocks_promised: int
-    """Of the free and cached ones: what admitted prompts will still need."""
+    """Of those free or cached: what admitted prompts will still need."""
     preemptions: int
     cache_queries: int
     cache_hits: int

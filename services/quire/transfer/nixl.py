@@ -230,7 +230,10 @@ class NixlTransport:
         """Start the agent and listen for control. Raises OSError."""
         identity = self._node.identity
         name = f"{identity.worker}-{identity.shard.rank}-{identity.incarnation:016x}"
-        self._agent = await self.run(Agent, name, self._node.memory)
+        try:
+            self._agent = await self.run(Agent, name, self._node.memory)
+        except Exception as error:  # the library raises its own kinds
+            raise OSError(f"nixl cannot start: {error or type(error).__name__}") from error
 
         def take(channel: Channel) -> None:
             assert isinstance(channel, TcpChannel)

@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
 
+from transfers import Side
+
 from quire.proto import transfer_pb2
 from quire.transfer import nixl_agent
 from quire.transfer.frames import HEADER_BYTES, Header, Kind, pack
@@ -111,3 +113,17 @@ def test_heads_are_lent_and_come_back(agent) -> None:
     for each in writes:
         agent.poll(each)
     assert not write(agent, target, 1).is_done
+
+
+def test_a_library_that_cannot_start_is_said_at_once(monkeypatch) -> None:
+    """Such as with UCX_TLS without anything that leads anywhere."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("NIXL_ERR_BACKEND")
+
+    monkeypatch.setattr(nixl_agent, "nixl_agent", broken)
+    with (
+        pytest.raises(OSError, match="nixl cannot start: NIXL_ERR_BACKEND"),
+        Side(kv_transports=("nixl",)),
+    ):
+        pass

@@ -38,7 +38,7 @@ KV_BLOCKS = GaugeDeclaration(
 )  # fmt: skip
 KV_PROMISED_BLOCKS = GaugeDeclaration(
     name="quire_kv_promised_blocks", unit="blocks", component="engine",
-    help="KV blocks, out of the free and cached ones, that admitted prompts will still need.",
+    help="Free or cached KV blocks that admitted prompts will still need.",
 )  # fmt: skip
 CACHE_CONFIG = InfoDeclaration(
     name="quire_cache_config_info", component="engine",
