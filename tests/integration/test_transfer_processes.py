@@ -184,7 +184,7 @@ def test_a_side_that_drains_gives_its_blocks_back_whatever_happens_to_the_other(
         if how == "stop":
             there.resume()
             assert poll(there, ref).failure in (
-                Failure.PEER_CANCELLED, Failure.LOST, Failure.FENCED,
+                Failure.PEER_CANCELLED, Failure.LOST, Failure.FENCED, Failure.LEASE,
             )  # fmt: skip
             assert returned(there.told(), ref) == list(range(10 if who == "sender" else 4))
 
