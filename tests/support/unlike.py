@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Texts = list[tuple[str, str, int]]
 """Of each choice: text, finish reason, number of scored tokens."""
 AT_ONCE_S = 1.0
+"""A gateway that ends closes the connections whose requests it has not read yet within this."""
 SMALL_STEPS = ("--max-num-seqs", "32", "--max-num-batched-tokens", "32")
 """Flags of workers whose prompts take many steps, so that something befalls them on their way."""
 
