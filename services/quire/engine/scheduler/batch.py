@@ -9,7 +9,6 @@ written once into per-seat rows when it starts running; a step gathers the rows 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -118,9 +117,11 @@ class Seats:
         self, last: ScheduledStep, step: int, decodes: list[Sequence], copies: list[tuple[int, int]]
     ) -> ScheduledStep:
         """The plan of a step like the last, where each sequence is one token further: what the
-        builder would give, by a few operations on arrays."""
+        builder would give, with less code, which behind a model's step comes from memory: of numpy's
+        an operation on arrays takes 20 us, where a list of 32 numbers takes 3."""
         before, sampling = last.plan.inputs, last.plan.sampling
-        context_lens = before.context_lens + 1
+        ends = [seq.num_computed + 1 for seq in decodes]
+        context_lens = np.array(ends, np.int32)
         inputs = StepInputs(
             token_ids=np.array(_newest(decodes), np.int32),
             positions=before.context_lens,
@@ -129,10 +130,19 @@ class Seats:
             block_tables=self.gather_blocks(decodes) if self._moved else before.block_tables,
             logit_rows=before.logit_rows,
         )
-        full = np.flatnonzero(context_lens % BLOCK_SIZE == 0).tolist()
-        filled = [(decodes[i], decodes[i].num_computed + 1) for i in full]
-        draws = SamplingBatch(sampling.rows, sampling.rules, sampling.position + 1)
-        plan = replace(last.plan, step=step, inputs=inputs, sampling=draws, copies=_pairs(copies))
+        plan = StepPlan(
+            step=step,
+            inputs=inputs,
+            sampling=SamplingBatch(sampling.rows, sampling.rules, context_lens.view(np.uint32)),
+            copies=_pairs(copies),
+            logprob_draws=_NO_ROWS,
+            num_logprobs=0,
+            prompt_rows=_NO_ROWS,
+            prompt_targets=_NO_ROWS,
+            num_prompt_logprobs=0,
+        )
+        pairs = zip(decodes, ends, strict=True)
+        filled = [(seq, end) for seq, end in pairs if end % BLOCK_SIZE == 0]
         return last._replace(plan=plan, draws=decodes, filled=filled)
 
 
