@@ -117,8 +117,8 @@ class Seats:
         self, last: ScheduledStep, step: int, decodes: list[Sequence], copies: list[tuple[int, int]]
     ) -> ScheduledStep:
         """The plan of a step like the last, where each sequence is one token further: what the
-        builder would give, with less code, which behind a model's step comes from memory: of numpy's
-        an operation on arrays takes 20 us, where a list of 32 numbers takes 3."""
+        builder would give, with less code, which behind a model's step comes from memory: numpy's
+        for one operation on arrays takes 20 us, a list of 32 numbers 3."""
         before, sampling = last.plan.inputs, last.plan.sampling
         ends = [seq.num_computed + 1 for seq in decodes]
         context_lens = np.array(ends, np.int32)
