@@ -67,9 +67,9 @@ def drawn_as(draw: T) -> T:
 
 def with_drawn(token_ids: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Token ids [T] with those that stand for a draw replaced by what was drawn [N]."""
-    stand_in = token_ids < 0
-    if not stand_in.any():
+    if min(token_ids.tolist(), default=0) >= 0:  # numpy would be slow to start: see Seats._go_on
         return token_ids
+    stand_in = token_ids < 0
     token_ids = token_ids.copy()
     token_ids[stand_in] = drawn[drawn_as(token_ids[stand_in])]
     return token_ids

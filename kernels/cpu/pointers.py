@@ -24,9 +24,13 @@ class Pointers:
     def __init__(self) -> None:
         self._alive: list[np.ndarray] = []
 
+    def keep(self, array: np.ndarray) -> None:
+        """Let an array live as long, whose address is known."""
+        self._alive.append(array)
+
     def of(self, array: np.ndarray) -> int:
         """The address of the array itself."""
-        self._alive.append(array)
+        self.keep(array)
         return address(array)
 
     def to(self, array: np.ndarray, dtype: np.dtype) -> int:

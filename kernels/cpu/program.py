@@ -11,7 +11,7 @@ import numpy as np
 
 from quire.kernels.cpu import library as lib
 from quire.kernels.cpu.memory import Arena
-from quire.kernels.cpu.pointers import address
+from quire.kernels.cpu.pointers import Pointers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from quire.kernels.layout import KvLayout
     from quire.kernels.ops import StepInputs
 
-INT32_BYTES = 4
+INT32 = np.dtype(np.int32)
 
 TOKENS, LOGIT_ROWS = 0, 1
 """Domains of rows: one per token of the step, or one per row whose logits are wanted."""
@@ -191,7 +191,7 @@ class Program:
         self._library.quire_team_rouse(self._target.team.handle)
         rows = {TOKENS: len(inputs.token_ids), LOGIT_ROWS: len(inputs.logit_rows)}
         result = self._result.array[: rows[self._result.domain]]
-        args, _flat = _step_args(inputs)
+        args, _arrays = _step_args(inputs)
         begin = 0
         for exchange in self._exchanges:
             self._run(args, begin, exchange.before)
@@ -202,7 +202,7 @@ class Program:
 
     def run_ops(self, inputs: StepInputs, begin: int, end: int) -> None:
         """Run operations [begin, end) alone, for tests and measurements."""
-        args, _flat = _step_args(inputs)
+        args, _arrays = _step_args(inputs)
         self._run(args, begin, end)
 
     def _run(self, args: lib.StepArgs, begin: int, end: int) -> None:
@@ -257,40 +257,28 @@ def _destroy(library: ctypes.CDLL, handle: int, team: lib.Team) -> None:
     library.quire_program_destroy(handle)
 
 
-def _step_args(inputs: StepInputs) -> tuple[lib.StepArgs, np.ndarray]:
-    """The step as the library reads it, and the array that it points into.
+def _step_args(inputs: StepInputs) -> tuple[lib.StepArgs, Pointers]:
+    """The step as the library reads it, and what keeps the arrays that it points to.
 
     Raises ValueError for arrays that do not belong together.
     """
     num_tokens, num_seqs = len(inputs.token_ids), len(inputs.context_lens)
-    block_tables, num_rows = inputs.block_tables, len(inputs.logit_rows)
+    block_tables = inputs.block_tables
     if len(inputs.positions) != num_tokens or len(inputs.query_start) != num_seqs + 1:
         raise ValueError("token_ids and positions, query_start and context_lens must match")
     if block_tables.ndim != 2 or len(block_tables) != num_seqs:
         raise ValueError("block_tables must be [sequences, blocks]")
-    parts = (
-        inputs.token_ids,
-        inputs.positions,
-        inputs.query_start,
-        inputs.context_lens,
-        block_tables.reshape(-1),
-        inputs.logit_rows,
-    )
-    flat = np.concatenate(parts, dtype=np.int32)  # one array has one address to ask for
-    positions = address(flat) + INT32_BYTES * num_tokens
-    query_start = positions + INT32_BYTES * num_tokens
-    context_lens = query_start + INT32_BYTES * (num_seqs + 1)
-    tables = context_lens + INT32_BYTES * num_seqs
+    at = Pointers()
     args = lib.StepArgs(
-        address(flat),
-        positions,
-        query_start,
-        context_lens,
-        tables,
-        tables + INT32_BYTES * block_tables.size,
+        at.to(inputs.token_ids, INT32),
+        at.to(inputs.positions, INT32),
+        at.to(inputs.query_start, INT32),
+        at.to(inputs.context_lens, INT32),
+        at.to(block_tables, INT32),
+        at.to(inputs.logit_rows, INT32),
         block_tables.shape[1],
         num_tokens,
         num_seqs,
-        num_rows,
+        len(inputs.logit_rows),
     )
-    return args, flat
+    return args, at

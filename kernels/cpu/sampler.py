@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from quire.kernels.cpu.library import load
-from quire.kernels.cpu.pointers import Pointers
+from quire.kernels.cpu.pointers import Pointers, address
 from quire.kernels.sampling import DRAW_RULE
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ class CpuSampler:
     def __init__(self, team: Team) -> None:
         library = load()
         self._team = team
+        self._logits = np.empty((0, 0), np.float32)
+        self._place = (0, 0)
         self._sample = library.quire_sample
         self._logprobs = library.quire_logprobs
         for function, args in ((self._sample, _SampleArgs), (self._logprobs, _LogprobArgs)):
@@ -155,9 +157,10 @@ class CpuSampler:
         tokens = np.empty(num_draws, np.int32)
         flags = np.empty(num_draws, np.bool_) if invalid is None else invalid
         at = Pointers()
+        first, row_stride = self._place_of(logits)
         args = _SampleArgs(
-            logits=at.of(logits),
-            row_stride=_row_stride(logits),
+            logits=first,
+            row_stride=row_stride,
             vocabulary=logits.shape[1],
             num_draws=num_draws,
             rows=at.to(batch.rows, INT32),
@@ -167,6 +170,7 @@ class CpuSampler:
             tokens=at.of(tokens),
             invalid=at.of(flags),
         )
+        at.keep(logits)
         args.arrays = at
 
         def draw(num_rows: int) -> np.ndarray:
@@ -176,6 +180,13 @@ class CpuSampler:
             return tokens
 
         return draw
+
+    def _place_of(self, logits: np.ndarray) -> tuple[int, int]:
+        """Address and row stride of logits, which are the same array in every step."""
+        if logits is not self._logits:
+            self._place = (address(logits), _row_stride(logits))
+            self._logits = logits
+        return self._place
 
     def logprobs(
         self, logits: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, num_top: int

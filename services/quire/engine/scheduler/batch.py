@@ -54,6 +54,8 @@ class ScheduledStep(NamedTuple):
     decides_next: bool
     """The next step cannot be planned before this one's tokens are known: choices fork off with
     them, or a sequence draws by its history."""
+    is_plain: bool
+    """Nothing but decodes whose sequences are plain: see `Seats._go_on`."""
 
 
 _NO_COPIES = np.empty((0, 2), np.int32)
@@ -68,6 +70,9 @@ class Seats:
         self.free = list(range(max_num_seqs - 1, -1, -1))
         self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.rules = np.zeros(max_num_seqs, DRAW_RULE)
+        self._last: ScheduledStep | None = None
+        self._moved = False
+        """Since that step was built a block table has changed."""
 
     def take(self, seq: Sequence) -> None:
         """Give the sequence a seat and write its rows."""
@@ -88,13 +93,57 @@ class Seats:
         table = seq.block_table
         if start < len(table):
             self.block_tables[seq.seat, start : len(table)] = table[start:]
+            self._moved = True
+
+    def gather_blocks(self, sequences: list[Sequence]) -> np.ndarray:
+        """The block tables of sequences, as wide as the longest: [sequences, blocks]."""
+        seats = np.array([seq.seat for seq in sequences], np.intp)
+        return self.block_tables[seats, : max([len(seq.block_table) for seq in sequences])]
 
     def build(
         self, step: int, decodes: list[Sequence], chunks: list[Chunk], copies: list[tuple[int, int]]
     ) -> ScheduledStep:
         """The plan of a step over `decodes` and then `chunks`, of sequences that all have seats and
         blocks."""
-        return _Builder(self, decodes, chunks).build(step, copies)
+        last = self._last
+        if last is not None and last.is_plain and not chunks and decodes == last.draws:
+            scheduled = self._go_on(last, step, decodes, copies)
+        else:
+            scheduled = _Builder(self, decodes, chunks).build(step, copies)
+        self._last, self._moved = scheduled, False
+        return scheduled
+
+    def _go_on(
+        self, last: ScheduledStep, step: int, decodes: list[Sequence], copies: list[tuple[int, int]]
+    ) -> ScheduledStep:
+        """The plan of a step like the last, where each sequence is one token further: what the
+        builder would give, with less code, which behind a model's step comes from memory: numpy's
+        for one operation on arrays takes 20 us, a list of 32 numbers 3."""
+        before, sampling = last.plan.inputs, last.plan.sampling
+        ends = [seq.num_computed + 1 for seq in decodes]
+        context_lens = np.array(ends, np.int32)
+        inputs = StepInputs(
+            token_ids=np.array(_newest(decodes), np.int32),
+            positions=before.context_lens,
+            query_start=before.query_start,
+            context_lens=context_lens,
+            block_tables=self.gather_blocks(decodes) if self._moved else before.block_tables,
+            logit_rows=before.logit_rows,
+        )
+        plan = StepPlan(
+            step=step,
+            inputs=inputs,
+            sampling=SamplingBatch(sampling.rows, sampling.rules, context_lens.view(np.uint32)),
+            copies=_pairs(copies),
+            logprob_draws=_NO_ROWS,
+            num_logprobs=0,
+            prompt_rows=_NO_ROWS,
+            prompt_targets=_NO_ROWS,
+            num_prompt_logprobs=0,
+        )
+        pairs = zip(decodes, ends, strict=True)
+        filled = [(seq, end) for seq, end in pairs if end % BLOCK_SIZE == 0]
+        return last._replace(plan=plan, draws=decodes, filled=filled)
 
 
 class _Builder:
@@ -129,17 +178,15 @@ class _Builder:
             step=step,
             inputs=inputs,
             sampling=self._sampling(drawn, edited=any(needs_edits(drawn[i]) for i in special)),
-            copies=np.array(copies, np.int32) if copies else _NO_COPIES,
+            copies=_pairs(copies),
             logprob_draws=_rows(wanted),
             num_logprobs=_most(_params(drawn[i]).logprobs for i in wanted),
             prompt_rows=_rows(self.prompt_rows),
             prompt_targets=_rows(targets),
             num_prompt_logprobs=_most(_params(seq).prompt_logprobs for seq, _ in self.prompt),
         )
+        is_plain = not special and not self.chunks
         decides_next = bool(self.forks) or any(drawn[i].state.draws_by_history for i in special)
-        return self._scheduled(plan, decides_next=decides_next)
-
-    def _scheduled(self, plan: StepPlan, *, decides_next: bool) -> ScheduledStep:
         return ScheduledStep(
             plan=plan,
             num_decodes=len(self.decodes),
@@ -149,12 +196,13 @@ class _Builder:
             filled=self._filled(),
             prompt_logprobs=[(seq, len(positions)) for seq, positions in self.prompt],
             decides_next=decides_next,
+            is_plain=is_plain,
         )
 
     def _inputs(self) -> StepInputs:
         decodes = self.decodes
         positions = [seq.num_computed for seq in decodes]
-        token_ids = [drawn_as(seq.draw) if seq.num_pending else seq.tokens[-1] for seq in decodes]
+        token_ids = _newest(decodes)
         context_lens = [position + 1 for position in positions]
         query_start = list(range(len(decodes) + 1))
         for seq, start, num_tokens in self.chunks:
@@ -165,14 +213,12 @@ class _Builder:
             query_start.append(len(token_ids))
             context_lens.append(end)
         sequences = [*decodes, *(chunk.seq for chunk in self.chunks)] if self.chunks else decodes
-        seats = np.array([seq.seat for seq in sequences], np.intp)
-        num_blocks = max([len(seq.block_table) for seq in sequences])
         return StepInputs(
             token_ids=np.array(token_ids, np.int32),
             positions=np.array(positions, np.int32),
             query_start=np.array(query_start, np.int32),
             context_lens=np.array(context_lens, np.int32),
-            block_tables=self.seats.block_tables[seats, :num_blocks],
+            block_tables=self.seats.gather_blocks(sequences),
             logit_rows=np.array(self.logit_rows, np.int32),
         )
 
@@ -219,6 +265,15 @@ class _Builder:
 
 def _params(seq: Sequence) -> SamplingParams:
     return seq.state.request.params
+
+
+def _newest(decodes: list[Sequence]) -> list[int]:
+    """The token that each decode computes, or which draw of the step under way it is."""
+    return [drawn_as(seq.draw) if seq.num_pending else seq.tokens[-1] for seq in decodes]
+
+
+def _pairs(copies: list[tuple[int, int]]) -> np.ndarray:
+    return np.array(copies, np.int32) if copies else _NO_COPIES
 
 
 def _rows(rows: list[int]) -> np.ndarray:
