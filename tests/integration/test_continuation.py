@@ -77,8 +77,8 @@ async def disturb(server, how: str, rng: random.Random, has_effect) -> int:
             await asyncio.sleep(rng.uniform(0.3, 1.0))
             if await asyncio.to_thread(up, server) < 2:
                 continue
-            victim = rng.choice(server.pids()[1:])
             count += 1
+            victim = server.worker_pid(count % 2)  # a decode worker first, then the other
             os.kill(victim, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
             if how == "stopped":
                 await asyncio.sleep(rng.uniform(3.0, 4.0))  # longer than silence is borne
