@@ -14,7 +14,7 @@ from workers import WorkerProcess, ask
 
 from quire.transfer.faults import FaultPlan
 
-ROUNDS = 4
+ROUNDS = 2
 IMPATIENT = {"kv_heartbeat_s": 0.3, "kv_lease_s": 2.0}
 FAULTS = {
     "corrupt": {"corrupt": 0.1},
@@ -23,7 +23,12 @@ FAULTS = {
     "drop": {"drop": 0.05},
 }
 HELD_UP_BYTES = {"corrupt": {"corrupt": 0.2}, "late": {"delay": 0.1, "delay_s": 0.1}}
-"""What can be done to gRPC from outside."""
+"""What can be done to gRPC from outside; the rest is done to it in test_kv_content.py."""
+TRANSPORTS = [
+    "tcp",
+    pytest.param("grpc", marks=pytest.mark.slow),
+    pytest.param("nixl", marks=pytest.mark.slow),
+]
 
 
 class Pair:
@@ -45,7 +50,7 @@ class Pair:
         self.all = (self.prefill, self.decode, self.both)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["tcp", "grpc", "nixl"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=TRANSPORTS)
 async def pair(request, tmp_path_factory):
     if request.param == "nixl":
         pytest.importorskip("nixl_cu12", reason="NIXL is not installed")

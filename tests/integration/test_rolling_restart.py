@@ -41,7 +41,7 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def server():
+def server(reference):  # which is there before, and has its sockets elsewhere
     with tempfile.TemporaryDirectory(prefix="q") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
         with running_server(*FLAGS) as server:
