@@ -4,9 +4,9 @@
     RUNNING ──▶ a pool has none that is ready, or nobody can say: three times ──▶ UNHEALTHY
     UNHEALTHY ──▶ its replica is started again, and waits as at first ──▶ RUNNING
 
-KubeRay's RayService reads nothing else of a cluster, and sends the clients of the old one to the new
-one when the application there is RUNNING. The coordinator is asked as `quire status` asks it, with
-the same variables of the environment. Nothing else of Quire imports ray.serve.
+KubeRay's RayService reads nothing else of a cluster, and sends clients to a new one when the
+application there is RUNNING. The coordinator is asked as `quire status` asks it, with the same
+variables of the environment. Nothing else of Quire imports ray.serve.
 """
 
 from __future__ import annotations

@@ -1,0 +1,43 @@
+"""What Ray Serve is told of a fleet. Whether it acts on it is tested with its own processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from quire.proto.coordinator_pb2 import FleetStatus
+
+
+@pytest.fixture(scope="module")
+def serve_app():
+    pytest.importorskip("fastapi", reason="ray[default,serve] is not installed")
+    from quire.coordinator import serve_app
+
+    return serve_app
+
+
+def fleet(**pools: tuple[int, int]) -> FleetStatus:
+    """Pool -> (ready, wanted)."""
+    status = FleetStatus()
+    for name, (ready, wanted) in pools.items():
+        status.pools.add(pool=name, ready=ready, wanted=wanted)
+    return status
+
+
+@pytest.mark.parametrize(
+    ("status", "incomplete", "silent"),
+    [
+        (fleet(), "the fleet has no pools yet", "the fleet has no pools yet"),
+        (fleet(a=(0, 1)), "pool a: 0 of 1 ready", "pool a: 0 of 1 ready"),
+        (fleet(a=(1, 1)), "", ""),
+        (fleet(a=(2, 1)), "", ""),
+        (fleet(a=(1, 2)), "pool a: 1 of 2 ready", ""),
+        (fleet(a=(1, 2), b=(0, 3)), "pool a: 1 of 2 ready; pool b: 0 of 3 ready",
+         "pool b: 0 of 3 ready"),
+        (fleet(a=(1, 1), b=(0, 0)), "", ""),
+    ],
+)  # fmt: skip
+def test_clients_are_sent_to_a_whole_fleet_and_stay_while_it_serves(
+    serve_app, status, incomplete, silent
+) -> None:
+    assert serve_app.why_not_complete(status) == incomplete
+    assert serve_app.why_not_serving(status) == silent
