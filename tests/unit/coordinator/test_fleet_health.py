@@ -1,18 +1,11 @@
-"""What Ray Serve is told of a fleet. Whether it acts on it is tested with its own processes."""
+"""What Ray Serve is told of a fleet; tests/deploy/test_rayservice.py shows what it makes of it."""
 
 from __future__ import annotations
 
 import pytest
 
+from quire.coordinator.fleet_health import why_not_complete, why_not_serving
 from quire.proto.coordinator_pb2 import FleetStatus
-
-
-@pytest.fixture(scope="module")
-def serve_app():
-    pytest.importorskip("fastapi", reason="ray[default,serve] is not installed")
-    from quire.coordinator import serve_app
-
-    return serve_app
 
 
 def fleet(**pools: tuple[int, int]) -> FleetStatus:
@@ -37,7 +30,7 @@ def fleet(**pools: tuple[int, int]) -> FleetStatus:
     ],
 )  # fmt: skip
 def test_clients_are_sent_to_a_whole_fleet_and_stay_while_it_serves(
-    serve_app, status, incomplete, silent
+    status, incomplete, silent
 ) -> None:
-    assert serve_app.why_not_complete(status) == incomplete
-    assert serve_app.why_not_serving(status) == silent
+    assert why_not_complete(status) == incomplete
+    assert why_not_serving(status) == silent
