@@ -67,4 +67,5 @@ class Fleet:
             raise NotServing(problem)
 
 
-app = Fleet.bind()
+# mypy does not see what decorators make of classes
+app = Fleet.bind()  # type: ignore[attr-defined]
