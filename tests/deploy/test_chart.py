@@ -66,7 +66,7 @@ def test_every_kind_is_rendered_and_a_misspelt_field_of_a_custom_one_is_found() 
     jsonschema = pytest.importorskip("jsonschema")
     rendered = render(*VALUE_SETS["everything"])
     shown = {each["kind"] for each in rendered.objects}
-    assert set(CUSTOM) - {"ServiceMonitor", "RayCluster"} <= shown
+    assert set(CUSTOM) - {"ServiceMonitor", "RayCluster", "RayService"} <= shown
     scaled = rendered.of("ScaledObject")[0]
     broken = scaled | {"spec": scaled["spec"] | {"minReplicas": 1}}
     with pytest.raises(jsonschema.ValidationError, match="minReplicas"):
@@ -108,6 +108,12 @@ def test_the_generated_files_are_current() -> None:
         (
             "ray.enabled=true,ray.kuberay.enabled=true,cluster.tls.enabled=true",
             "pods of a RayCluster have none",
+        ),
+        ("ray.kuberay.kind=RayJob", "kind"),
+        (
+            "ray.enabled=true,ray.kuberay.enabled=true,ray.kuberay.kind=RayService,"
+            "ray.persistence.existingClaim=c",
+            "two clusters of a RayService would write to it",
         ),
         ("ray.enabled=true,roles.unified.options.log_level=debug", "for all roles"),
         ("ray.enabled=true,roles.unified.transfer.kv_lease_s=4", "for all roles"),

@@ -46,6 +46,10 @@ class LocalPod:
     number: int = 0
     injected: dict[str, str] = field(default_factory=dict)
     """Environment that whoever makes the pod adds to that of its template."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Those that whoever makes the pod adds."""
+    network: str = ""
+    """Namespace that its address is in, this machine's own by default."""
     process: subprocess.Popen | None = None
     files: dict[str, Path] = field(default_factory=dict)
     """Path of a mount -> the volume's folder, as the process sees it."""
@@ -87,6 +91,8 @@ class LocalPod:
         command += [self._here(_expand(arg, environment)) for arg in self.container.get("args", ())]
         if self.release.hosts is not None:
             command = ["unshare", "-m", "sh", "-ec", self._mount_script(), *command]
+        if self.network:
+            command = ["ip", "netns", "exec", self.network, *command]
         with self._log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT,
@@ -103,12 +109,13 @@ class LocalPod:
                 value = self.release.secret(reference["name"], reference["key"])
             elif "fieldRef" in source:
                 fields = {"metadata.name": self.name, "status.podIP": self.address}
+                fields |= {f"metadata.labels['{k}']": value for k, value in self.labels.items()}
                 value = fields[source["fieldRef"]["fieldPath"]]
             elif "resourceFieldRef" in source:
                 assert source["resourceFieldRef"]["resource"] == "limits.cpu"
                 value = CPUS  # the tests' machine is small
             else:
-                value = variable["value"]
+                value = _expand(variable["value"], made)
             made[variable["name"]] = self._here(value)
         return made | {name: self._here(value) for name, value in self.injected.items()}
 
@@ -134,7 +141,11 @@ class LocalPod:
 
     def _mount_script(self) -> str:
         """Mounts of this container's own, then its command. What it runs from stays, wherever."""
-        lines = [f"mount --bind {self.release.hosts} /etc/hosts", f"mount -t tmpfs none {MOUNTS}"]
+        lines = [
+            f"mount --bind {self.release.hosts} /etc/hosts",
+            f"mount --bind {self.release.folder}/resolv.conf /etc/resolv.conf",
+            f"mount -t tmpfs none {MOUNTS}",
+        ]
         # /tmp last: the others' folders are below the real one
         for mount in sorted(self.container["volumeMounts"], key=lambda m: m["mountPath"] == "/tmp"):
             at = f"{MOUNTS}/{mount['name']}"
@@ -221,21 +232,30 @@ class LocalRelease:
         self.subnet = f"127.0.{next(_SUBNETS)}"
         self._used = 0
         self.pods: dict[str, LocalPod] = {}
+        self.services: dict[str, str] = {}
+        """Names in DNS that lead to an address, beside those of pods."""
         for workload in render.workloads:
             for number in range(workload["spec"]["replicas"]):
                 self._add_replica(workload, number)
         if names:
-            named = [(pod, name) for pod in self.pods.values() for name in _names(pod)]
-            lines = [f"{pod.address} {name} {name.removesuffix('.svc')}" for pod, name in named]
             self.hosts = folder / "hosts"
-            self.hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+            self.write_hosts()
+            # nobody else knows a name: who asks is told so at once
+            (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+
+    def write_hosts(self) -> None:
+        """What DNS knows now; running pods see it at once."""
+        named = [(pod.address, name) for pod in self.pods.values() for name in _names(pod)]
+        named += [(address, name) for name, address in self.services.items()]
+        lines = [f"{address} {name} {name.removesuffix('.svc')}" for address, name in named]
+        self.hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
 
     def _add_replica(self, workload: dict, number: int) -> None:
         name, (template, *others) = workload["metadata"]["name"], pod_templates(workload)
         separator = "-x" if workload["kind"] == "Deployment" else "-"
         pod = f"{name}{separator}{number}"
         if not others:
-            self._add(pod, template)
+            self.add(pod, template)
             return
         size = workload["spec"]["leaderWorkerTemplate"]["size"]
         for index in range(size):
@@ -244,16 +264,30 @@ class LocalRelease:
                 "LWS_GROUP_SIZE": str(size),
                 "LWS_WORKER_INDEX": str(index),
             }
-            self._add(f"{pod}-{index}" if index else pod, others[0] if index else template, group)
+            self.add(f"{pod}-{index}" if index else pod, others[0] if index else template, group)
 
-    def _add(self, name: str, template: dict, injected: dict[str, str] | None = None) -> None:
-        address = f"{self.subnet}.{FIRST_ADDRESS + self._used}"
-        self._used += 1
+    def add(
+        self,
+        name: str,
+        template: dict,
+        injected: dict[str, str] | None = None,
+        labels: dict[str, str] | None = None,
+        place: tuple[str, str] | None = None,
+    ) -> list[LocalPod]:
+        """One more pod; its containers, of which the first has what is injected. `place` is an
+        address and the network that it is in."""
+        address, network = place or (f"{self.subnet}.{FIRST_ADDRESS + self._used}", "")
+        self._used += place is None
+        added = []
         for number, container in enumerate(template["spec"]["containers"]):
             key = f"{name}/{container['name']}" if number else name
+            given = (injected or {}) if number == 0 else {}
             self.pods[key] = LocalPod(
-                name, address, template, self.folder / name, self, number, injected or {}
-            )
+                name, address, template, self.folder / name, self, number, given, labels or {},
+                network,
+            )  # fmt: skip
+            added.append(self.pods[key])
+        return added
 
     def of(self, role: str) -> list[LocalPod]:
         return [pod for pod in self.pods.values() if pod.role == role]
