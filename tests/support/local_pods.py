@@ -46,6 +46,8 @@ class LocalPod:
     number: int = 0
     injected: dict[str, str] = field(default_factory=dict)
     """Environment that whoever makes the pod adds to that of its template."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Those that whoever makes the pod adds."""
     process: subprocess.Popen | None = None
     files: dict[str, Path] = field(default_factory=dict)
     """Path of a mount -> the volume's folder, as the process sees it."""
@@ -103,12 +105,13 @@ class LocalPod:
                 value = self.release.secret(reference["name"], reference["key"])
             elif "fieldRef" in source:
                 fields = {"metadata.name": self.name, "status.podIP": self.address}
+                fields |= {f"metadata.labels['{k}']": value for k, value in self.labels.items()}
                 value = fields[source["fieldRef"]["fieldPath"]]
             elif "resourceFieldRef" in source:
                 assert source["resourceFieldRef"]["resource"] == "limits.cpu"
                 value = CPUS  # the tests' machine is small
             else:
-                value = variable["value"]
+                value = _expand(variable["value"], made)
             made[variable["name"]] = self._here(value)
         return made | {name: self._here(value) for name, value in self.injected.items()}
 
@@ -221,21 +224,28 @@ class LocalRelease:
         self.subnet = f"127.0.{next(_SUBNETS)}"
         self._used = 0
         self.pods: dict[str, LocalPod] = {}
+        self.services: dict[str, str] = {}
+        """Names in DNS that lead to an address, beside those of pods."""
         for workload in render.workloads:
             for number in range(workload["spec"]["replicas"]):
                 self._add_replica(workload, number)
         if names:
-            named = [(pod, name) for pod in self.pods.values() for name in _names(pod)]
-            lines = [f"{pod.address} {name} {name.removesuffix('.svc')}" for pod, name in named]
             self.hosts = folder / "hosts"
-            self.hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+            self.write_hosts()
+
+    def write_hosts(self) -> None:
+        """What DNS knows now; running pods see it at once."""
+        named = [(pod.address, name) for pod in self.pods.values() for name in _names(pod)]
+        named += [(address, name) for name, address in self.services.items()]
+        lines = [f"{address} {name} {name.removesuffix('.svc')}" for address, name in named]
+        self.hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
 
     def _add_replica(self, workload: dict, number: int) -> None:
         name, (template, *others) = workload["metadata"]["name"], pod_templates(workload)
         separator = "-x" if workload["kind"] == "Deployment" else "-"
         pod = f"{name}{separator}{number}"
         if not others:
-            self._add(pod, template)
+            self.add(pod, template)
             return
         size = workload["spec"]["leaderWorkerTemplate"]["size"]
         for index in range(size):
@@ -244,16 +254,30 @@ class LocalRelease:
                 "LWS_GROUP_SIZE": str(size),
                 "LWS_WORKER_INDEX": str(index),
             }
-            self._add(f"{pod}-{index}" if index else pod, others[0] if index else template, group)
+            self.add(f"{pod}-{index}" if index else pod, others[0] if index else template, group)
 
-    def _add(self, name: str, template: dict, injected: dict[str, str] | None = None) -> None:
-        address = f"{self.subnet}.{FIRST_ADDRESS + self._used}"
+    def next_address(self) -> str:
+        """Of the pod that is added next."""
+        return f"{self.subnet}.{FIRST_ADDRESS + self._used}"
+
+    def add(
+        self,
+        name: str,
+        template: dict,
+        injected: dict[str, str] | None = None,
+        labels: dict[str, str] | None = None,
+    ) -> list[LocalPod]:
+        """One more pod; its containers, of which the first has what is injected."""
+        address, added = self.next_address(), []
         self._used += 1
         for number, container in enumerate(template["spec"]["containers"]):
             key = f"{name}/{container['name']}" if number else name
+            given = (injected or {}) if number == 0 else {}
             self.pods[key] = LocalPod(
-                name, address, template, self.folder / name, self, number, injected or {}
+                name, address, template, self.folder / name, self, number, given, labels or {}
             )
+            added.append(self.pods[key])
+        return added
 
     def of(self, role: str) -> list[LocalPod]:
         return [pod for pod in self.pods.values() if pod.role == role]

@@ -67,17 +67,23 @@ class Render:
     def pods(self) -> list[tuple[str, dict]]:
         """(name, pod template) of every pod there is, the test's too."""
         templates = [(w["metadata"]["name"], t) for w in self.workloads for t in pod_templates(w)]
-        for cluster in self.of("RayCluster"):
-            groups = [group["groupName"] for group in cluster["spec"]["workerGroupSpecs"]]
+        for cluster in self.of("RayCluster", "RayService"):
+            groups = [group["groupName"] for group in ray_cluster(cluster)["workerGroupSpecs"]]
             names = [f"{cluster['metadata']['name']}-{each}" for each in ("coordinator", *groups)]
             templates += zip(names, pod_templates(cluster), strict=True)
         return templates + [(p["metadata"]["name"], p) for p in self.of("Pod")]
 
 
+def ray_cluster(each: dict) -> dict:
+    """The specification of the RayCluster that there is, or that KubeRay makes."""
+    return each["spec"].get("rayClusterConfig", each["spec"])
+
+
 def pod_templates(each: dict) -> list[dict]:
     """The pods of an object that makes some, of a group the leader's first."""
     spec = each["spec"]
-    if each["kind"] == "RayCluster":
+    if each["kind"] in ("RayCluster", "RayService"):
+        spec = ray_cluster(each)
         return [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
     if each["kind"] == "LeaderWorkerSet":
         group = spec["leaderWorkerTemplate"]

@@ -77,8 +77,10 @@ app.kubernetes.io/part-of: quire
 {{- if $digest -}}
 {{- printf "%s@%s" $name $digest -}}
 {{- else -}}
-{{- $ray := and .root.Values.ray.enabled (has .flavour (list "cpu" "nvidia")) -}}
-{{- printf "%s:%s-%s%s" $name (default .root.Chart.AppVersion $image.tag) (get $image.flavours .flavour) (ternary "-ray" "" $ray) -}}
+{{- $with := "" -}}
+{{- if and .root.Values.ray.enabled (has .flavour (list "cpu" "nvidia")) }}{{ $with = "-ray" }}{{ end -}}
+{{- if and (eq .flavour "coordinator") (eq (include "quire.kuberay" .root) "RayService") }}{{ $with = "-serve" }}{{ end -}}
+{{- printf "%s:%s-%s%s" $name (default .root.Chart.AppVersion $image.tag) (get $image.flavours .flavour) $with -}}
 {{- end -}}
 {{- end -}}
 
@@ -180,7 +182,7 @@ engine, with replicas and the highest number of them worked out.
 {{- /* Where workers are: names, or the Services that they are behind. Call with root and key. */ -}}
 {{- define "quire.upstream" -}}
 {{- if .root.Values.ray.enabled -}}
-coordinator: {{ include "quire.domain" (dict "root" .root "component" "coordinator") }}:9200
+coordinator: {{ include "quire.coordinatorHost" .root }}:9200
 {{- else if eq .root.Values.discovery "kubernetes" -}}
 kubernetes_service:
   {{- range $role, $_ := include "quire.pools" .root | fromYaml }}

@@ -8,7 +8,7 @@
   valueFrom:
     secretKeyRef:
       name: {{ include "quire.rayTokenSecret" . }}
-      key: ray-token
+      key: auth_token
 {{- end -}}
 
 {{- /* CPUs of a pod as a whole number, as the kubelet counts them for resourceFieldRef. */ -}}
@@ -23,10 +23,12 @@
 
 {{- /* Options of a worker pod that is a node of Ray. */ -}}
 {{- define "quire.nodeConfig" -}}
-join: {{ include "quire.domain" (dict "root" .root "component" "coordinator") }}:6379
 cpus: {{ include "quire.cpus" .settings }}
 gpus: {{ ternary .settings.tensorParallel 0 (eq .settings.accelerator "nvidia") }}
 node_label: ["quire.pool={{ .component }}"]
+{{- if not (include "quire.kuberay" .root) }}
+join: {{ include "quire.coordinatorHost" .root }}:6379
+{{- end }}
 log_format: json
 {{- end -}}
 
@@ -115,6 +117,8 @@ transfer:
 {{- define "quire.coordinatorPod" -}}
 {{- $ray := .Values.ray -}}
 {{- $scope := dict "root" . "component" "coordinator" "settings" $ray -}}
+{{- $kuberay := include "quire.kuberay" . -}}
+{{- $service := eq $kuberay "RayService" -}}
 metadata:
   labels:
     {{- include "quire.podLabels" $scope | nindent 4 }}
@@ -134,12 +138,25 @@ spec:
       args:
         - node
         - --address=$(POD_IP)
+        {{- if $service }}
+        - --dashboard
+        - --node-label=quire.pool=coordinator
+        {{- end }}
         - --log-format=json
       env:
         {{- include "quire.rayEnv" . | nindent 8 }}
+        {{- if $service }}
+        # for the application that says whether the fleet serves
+        - name: QUIRE_COORDINATOR
+          value: $(POD_IP):9200
+        {{- include "quire.tokenEnv" . | nindent 8 }}
+        {{- end }}
         {{- if $ray.redis.address }}
+        {{- /* KubeRay gives each cluster a part of Redis, and the address */}}
+        {{- if not $kuberay }}
         - name: RAY_REDIS_ADDRESS
           value: {{ $ray.redis.address | quote }}
+        {{- end }}
         {{- with $ray.redis.existingSecret }}
         - name: RAY_REDIS_PASSWORD
           valueFrom: {secretKeyRef: {name: {{ . }}, key: redis-password}}
@@ -157,6 +174,15 @@ spec:
         {{- end }}
       ports:
         - {name: gcs, containerPort: 6379}
+        {{- if $kuberay }}
+        # of the coordinator: KubeRay's Service has the ports of the first container
+        - {name: grpc, containerPort: 9200}
+        {{- end }}
+        {{- if $service }}
+        - {name: dashboard, containerPort: 8265}
+        # KubeRay makes no Service without this name; nothing listens there
+        - {name: serve, containerPort: 8000}
+        {{- end }}
       startupProbe:
         tcpSocket: {port: gcs}
         periodSeconds: 2
@@ -181,10 +207,18 @@ spec:
       args:
         - up
         - --fleet-file=/etc/quire/fleet.yaml
+        {{- if $service }}
+        # a fleet of its own, also while another cluster has one by the same file
+        - --fleet-name=$(RAY_CLUSTER_NAME)
+        {{- end }}
         - --log-format=json
       env:
         {{- include "quire.rayEnv" . | nindent 8 }}
         {{- include "quire.tokenEnv" . | nindent 8 }}
+        {{- if $service }}
+        - name: RAY_CLUSTER_NAME
+          valueFrom: {fieldRef: {fieldPath: "metadata.labels['ray.io/cluster']"}}
+        {{- end }}
         {{- range $option, $path := include "quire.tlsOptions" . | fromYaml }}
         - name: QUIRE_{{ upper $option }}
           value: {{ $path }}
@@ -194,7 +228,9 @@ spec:
         {{- toYaml . | nindent 8 }}
         {{- end }}
       ports:
+        {{- if not $kuberay }}
         - {name: grpc, containerPort: 9200}
+        {{- end }}
         - {name: status, containerPort: 9090}
       startupProbe:
         httpGet: {path: /healthz, port: status}
@@ -227,8 +263,13 @@ spec:
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: 256Mi}
     - name: state
+      {{- if $service }}
+      # of this cluster alone
+      emptyDir: {sizeLimit: {{ $ray.persistence.size }}}
+      {{- else }}
       persistentVolumeClaim:
         claimName: {{ include "quire.stateClaim" . }}
+      {{- end }}
     {{- if .Values.cluster.tls.enabled }}
     - name: tls
       secret:

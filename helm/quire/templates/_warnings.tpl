@@ -18,7 +18,7 @@ The certificates of cluster.tls are generated and end after {{ .Values.cluster.t
 ray.enabled: cluster.tls encrypts what pods say to each other, but not what Ray's own processes do, which prove that they know Ray's token.
 {{- end }}
 {{- if and .Values.ray.enabled (not .Values.ray.redis.address) }}
-ray.enabled: Ray keeps its state by RocksDB, which it calls alpha; ray.redis.address keeps it in Redis.
+ray.enabled: Ray keeps its state by RocksDB, which it calls alpha{{ if eq (include "quire.kuberay" .) "RayService" }}, and in a RayService only for as long as the head's pod lives{{ end }}; ray.redis.address keeps it in Redis.
 {{- end }}
 {{- if and $gateway.ingress.enabled (not $gateway.ingress.tlsSecret) }}
 gateway.ingress has no tlsSecret: API keys travel unencrypted unless something in front of it ends TLS.

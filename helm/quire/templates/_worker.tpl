@@ -84,7 +84,10 @@ spec:
         - node
         - --config=/etc/quire/node.yaml
         - --address=$(POD_IP)
-        {{- if not .root.Values.ray.kuberay.enabled }}
+        {{- if include "quire.kuberay" .root }}
+        # the head of this pod's own cluster, as KubeRay names it
+        - --join=$(FQ_RAY_IP):6379
+        {{- else }}
         - --node-name=$(POD_NAME).{{ include "quire.domain" . }}
         {{- end }}
         {{- else }}

@@ -5,15 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quire.config.address import check_address
-from quire.config.base import check_fields
 from quire.config.cluster import ClusterConfig
 from quire.config.flags import parse
-from quire.config.fleet import DEFAULT_COORDINATOR
-from quire.config.option import option
+from quire.config.fleet_client import FleetClientConfig
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -22,18 +18,6 @@ if TYPE_CHECKING:
     from quire.coordinator.client import CoordinatorClient
 
 FAILED = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class FleetClientConfig:
-    """Which fleet to talk to."""
-
-    coordinator: str = option(DEFAULT_COORDINATOR, "coordinator")
-    """gRPC address of the fleet's coordinator."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_address(self.coordinator)
 
 
 OWNERS = (FleetClientConfig, ClusterConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from quire.cli.up import require_ray
@@ -28,6 +29,11 @@ def run(argv: Sequence[str]) -> int:
     """Be a node until a signal; returns the exit code."""
     resolved = parse(COMMAND, argv, os.environ)
     require_ray(COMMAND)
+    config = resolved.get(NodeConfig)
+    if config.dashboard and find_spec("aiohttp_cors") is None:
+        raise UsageError(
+            COMMAND.prog, "Ray's dashboard is not installed: pip install 'quire[rayservice]'"
+        )
     if not any(os.environ.get(name) for name in TOKEN_SOURCES):
         raise UsageError(
             COMMAND.prog, "Ray runs whatever code it is sent: a secret is needed, RAY_AUTH_TOKEN"
@@ -37,4 +43,4 @@ def run(argv: Sequence[str]) -> int:
 
     log = resolved.get(LogConfig)
     configure(log.log_level, "json" if log.log_format == "json" else "text")
-    return Node(resolved.get(NodeConfig)).run()
+    return Node(config).run()

@@ -28,6 +28,9 @@ class UpConfig:
     fleet_file: str = option("fleet.yaml", "fleet", aliases=("-f",))
     """YAML file of the fleet: its models, their pools and replicas; see docs/coordinator.md."""
 
+    fleet_name: str | None = option(None, "fleet")
+    """Name of the fleet in place of the file's, where several are made from one file."""
+
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -45,8 +48,11 @@ def run(argv: Sequence[str]) -> int:
     """Coordinate until a signal; returns the exit code."""
     resolved = parse(COMMAND, argv, os.environ)
     require_ray(COMMAND)
+    config = resolved.get(UpConfig)
     try:
-        fleet = read_fleet(Path(resolved.get(UpConfig).fleet_file), resolved.get(TransferConfig))
+        fleet = read_fleet(
+            Path(config.fleet_file), resolved.get(TransferConfig), config.fleet_name
+        )
     except ConfigError as error:
         raise UsageError(COMMAND.prog, str(error)) from None
 

@@ -181,12 +181,15 @@ class Fleet:
         return host_of(self.coordinator.listen)
 
 
-def read_fleet(path: Path, transfer: TransferConfig) -> Fleet:
-    """A fleet file. What `transfer` holds beside defaults goes over the file's own section.
+def read_fleet(path: Path, transfer: TransferConfig, name: str | None = None) -> Fleet:
+    """A fleet file. What `transfer` holds beside defaults goes over the file's own section, `name`
+    over the fleet's.
 
     Raises ConfigError naming the file and what to change.
     """
     content = read_yaml(path)
+    if name is not None and isinstance(content, dict):
+        content = content | {"fleet": name}
     try:
         return fleet_from(content, transfer)
     except ValueError as error:

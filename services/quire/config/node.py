@@ -17,6 +17,9 @@ class NodeConfig:
     """host:port of Ray's head; without it this node is the head."""
     ray_port: int = option(6379, "node")
     """Port of the head, where this node is it."""
+    dashboard: bool = option(False, "node")
+    """Ray's dashboard on the head, at port 8265 of `address`, with the HTTP API that KubeRay's
+    RayService calls. It answers who knows Ray's token, and runs whatever those send."""
     address: str | None = option(None, "node")
     """Address of this host for other nodes, Ray's guess by default."""
     node_name: str | None = option(None, "node")
@@ -36,6 +39,8 @@ class NodeConfig:
                 check_address(self.join)
             except ValueError as error:
                 raise ValueError(f"join: {error}") from None
+            if self.dashboard:
+                raise ValueError("dashboard: only the head has one, and join makes this no head")
         check_port("ray_port", self.ray_port)
         for name in ("cpus", "gpus"):
             if getattr(self, name) < 0:

@@ -47,11 +47,7 @@ _REDIS_PASSWORD = "RAY_REDIS_PASSWORD"
 
 def start_command(config: NodeConfig) -> list[str]:
     """Ray's own command line for this node. It ends when a part of Ray does."""
-    role = (
-        ["--head", f"--port={config.ray_port}", "--include-dashboard=false"]
-        if config.join is None
-        else [f"--address={config.join}"]
-    )
+    role = _head_options(config) if config.join is None else [f"--address={config.join}"]
     own = [] if config.address is None else [f"--node-ip-address={config.address}"]
     labels = [f"--labels={','.join(config.node_label)}"] if config.node_label else []
     return [
@@ -60,6 +56,14 @@ def start_command(config: NodeConfig) -> list[str]:
         f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-log-monitor=false",
         "--disable-usage-stats", "--block",
     ]  # fmt: skip
+
+
+def _head_options(config: NodeConfig) -> list[str]:
+    shown = str(config.dashboard).lower()
+    options = ["--head", f"--port={config.ray_port}", f"--include-dashboard={shown}"]
+    if config.dashboard and config.address is not None:
+        options.append(f"--dashboard-host={config.address}")
+    return options
 
 
 class Node:

@@ -77,8 +77,8 @@ class Workers:
     def set(self, workers: Sequence[Worker]) -> None:
         """These are the workers from now on.
 
-        Requests of those that are not among them go elsewhere; while nothing else is ready they go
-        on where they are.
+        Requests of those that are not among them go elsewhere; while nobody else is ready with the
+        same model they go on where they are.
         """
         self._leaving |= set(self.all).difference(workers)
         self.all = tuple(workers)
@@ -236,8 +236,19 @@ class Workers:
     def _on_change(self) -> None:
         self._change.set()
         self._change = asyncio.Event()
-        if self.ready:
-            for worker in (*self.all, *self._leaving):
-                is_leaving = worker.load.draining or worker in self._leaving
-                if is_leaving and worker.num_open:
-                    worker.release(Loss.DRAINING)
+        for worker in (*self.all, *self._leaving):
+            is_leaving = worker.load.draining or worker in self._leaving
+            if is_leaving and worker.num_open and self._is_replaced(worker):
+                worker.release(Loss.DRAINING)
+
+    def _is_replaced(self, leaving: Worker) -> bool:
+        """Somebody is ready to go on with what its model has begun."""
+        return any(
+            worker.ready
+            and (
+                leaving.model is None
+                or worker.model is None
+                or worker.model.fingerprint == leaving.model.fingerprint
+            )
+            for worker in self.all
+        )

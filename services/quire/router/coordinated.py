@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
+import time
 from typing import TYPE_CHECKING
 
 import grpc
@@ -15,7 +17,7 @@ from quire.router.discovery import StaticPods
 from quire.router.endpoint_slices import EndpointSlices, own_namespace
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
     from quire.cluster.rpc import Cluster
     from quire.config.discovery import DiscoveryConfig
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 SILENCE_S = 7.0
 """Without a topology, one is due every 2 s, the call is made anew."""
+FOLLOW_S = 30.0
+"""Then the address is looked up anew: behind a name that moves there is another coordinator by then."""
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 2.0
 CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -48,15 +52,20 @@ def discover(config: DiscoveryConfig, pods: Mapping[str, str], cluster: Cluster)
 
 
 class Seen:
-    """The latest topology, which an older one cannot replace."""
+    """The latest topology, which an older one of the same fleet cannot replace."""
 
     def __init__(self) -> None:
+        self.fleet = ""
         self.epoch = (0, 0)
         """(term, version)."""
 
     def accepts(self, topology: coordinator_pb2.Topology) -> bool:
-        """True when it is news. An older one is of a coordinator that another took over from."""
+        """True when it is news. An older one is of a coordinator that another took over from; of
+        another fleet, the address leads there now."""
         epoch = (topology.term, topology.version)
+        if topology.fleet != self.fleet:
+            self.fleet, self.epoch = topology.fleet, epoch
+            return True
         if epoch < self.epoch:
             logger.warning(
                 "a topology of epoch %d.%d is refused after %d.%d: end the coordinator that says "
@@ -84,27 +93,35 @@ class CoordinatedPods:
         seen, backoff = Seen(), MIN_BACKOFF_S
         if self._beside:
             yield self._beside
-        async with self._cluster.channel(self._address, CHANNEL_OPTIONS) as channel:
-            stub: CoordinatorAsyncStub = CoordinatorStub(channel)
-            while True:
-                call = stub.Watch(coordinator_pb2.TopologyRequest(model=self._model))
-                try:
-                    while True:
-                        async with asyncio.timeout(SILENCE_S):
-                            topology = await call.read()
-                        if not isinstance(topology, coordinator_pb2.Topology):
-                            break  # end of stream
+        while True:
+            try:
+                async with contextlib.aclosing(self._follow()) as topologies:
+                    async for topology in topologies:
                         backoff = MIN_BACKOFF_S
                         if seen.accepts(topology):
                             yield self._beside | {pod.name: pod.address for pod in topology.pods}
-                except grpc.aio.AioRpcError as error:
-                    self._note(error)
-                except TimeoutError:
-                    logger.debug("the coordinator at %s is silent", self._address)
-                finally:
-                    call.cancel()
-                await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
-                backoff = min(2 * backoff, MAX_BACKOFF_S)
+            except grpc.aio.AioRpcError as error:
+                self._note(error)
+            except TimeoutError:
+                logger.debug("the coordinator at %s is silent", self._address)
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+            backoff = min(2 * backoff, MAX_BACKOFF_S)
+
+    async def _follow(self) -> AsyncGenerator[coordinator_pb2.Topology]:
+        """What one coordinator says, for a while. Raises TimeoutError and AioRpcError."""
+        until = time.monotonic() + FOLLOW_S
+        async with self._cluster.channel(self._address, CHANNEL_OPTIONS) as channel:
+            stub: CoordinatorAsyncStub = CoordinatorStub(channel)
+            call = stub.Watch(coordinator_pb2.TopologyRequest(model=self._model))
+            try:
+                while time.monotonic() < until:
+                    async with asyncio.timeout(SILENCE_S):
+                        topology = await call.read()
+                    if not isinstance(topology, coordinator_pb2.Topology):
+                        return  # end of stream
+                    yield topology
+            finally:
+                call.cancel()
 
     def _note(self, error: grpc.aio.AioRpcError) -> None:
         known = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNAUTHENTICATED)

@@ -260,11 +260,16 @@ def _ray() -> Schema:
         enabled=flag("Deploy the cluster's head with the coordinator; worker pods join it."),
         kuberay=block(
             "The KubeRay operator.",
-            enabled=flag("Make a RayCluster in place of StatefulSets."),
+            enabled=flag("Have it make the pods, in place of StatefulSets."),
+            kind=text(
+                "What it makes them from. With a RayService each change makes a second cluster, "
+                "beside the first until its pods are ready.",
+                "RayCluster", "RayService",
+            ),
         ),
         token=block(
             "Secret that every process of Ray knows.",
-            existingSecret=text("Secret with key ray-token; one is generated otherwise."),
+            existingSecret=text("Secret with key auth_token; one is generated otherwise."),
         ),
         persistence=block(
             "Volume of the coordinator's state and, without redis, of Ray's.",
@@ -364,6 +369,10 @@ def _safety() -> dict[str, Schema]:
             enabled=flag("Make NetworkPolicies."),
             gatewayFrom=many("Peers that may call gateways; everybody if empty.", free("A peer.")),
             metricsFrom=many("Peers that may scrape workers and routers.", free("A peer.")),
+            kuberayFrom=many(
+                "Peers that may reach the dashboard of a RayService's head: KubeRay's operator.",
+                free("A peer."),
+            ),
         ),
         "serviceAccount": block(
             "Account of all pods; its token is not mounted.",

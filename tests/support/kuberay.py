@@ -1,0 +1,108 @@
+"""KubeRay's part in a RayService, on local pods: it makes clusters, sends their dashboards the
+application and asks how that is, and moves the head's Service.
+
+Names, variables and the header are those of its sources (1.6).
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import yaml
+from manifests import NAMESPACE, ray_cluster
+
+if TYPE_CHECKING:
+    from local_pods import LocalPod, LocalRelease
+
+APPLICATIONS = "/api/serve/applications/"
+SECRET_KEY = "auth_token"
+
+
+@dataclass
+class LocalRayCluster:
+    """The pods of one cluster."""
+
+    name: str
+    head: list[LocalPod]
+    """Its containers."""
+    workers: list[LocalPod]
+    service: dict
+    token: str
+
+    @property
+    def pods(self) -> list[LocalPod]:
+        return [*self.head, *self.workers]
+
+    def start(self) -> None:
+        for pod in self.pods:
+            pod.start()
+
+    def submit(self, token: str | None = None) -> int:
+        """PUT the application; returns the status code."""
+        config = yaml.safe_load(self.service["spec"]["serveConfigV2"])
+        return self._call("PUT", APPLICATIONS, json.dumps(config).encode(), token)[0]
+
+    def application(self) -> dict:
+        """The only one. Empty while there is none."""
+        _, body = self._call("GET", f"{APPLICATIONS}?api_type=declarative", None, self.token)
+        applications = json.loads(body)["applications"]
+        assert len(applications) <= 1
+        return next(iter(applications.values()), {})
+
+    def _call(self, method: str, path: str, body: bytes | None, token: str | None):
+        request = urllib.request.Request(self.head[0].url("dashboard", path), body, method=method)
+        request.add_header("Content-Type", "application/json")
+        if token is not None:
+            request.add_header("x-ray-authorization", f"Bearer {token}")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+
+class KubeRay:
+    """For the RayService of a release whose pods have names."""
+
+    def __init__(self, release: LocalRelease) -> None:
+        self._release = release
+        (self.service,) = release.render.of("RayService")
+
+    def make_cluster(self, suffix: str) -> LocalRayCluster:
+        """A cluster as the RayService has it now, with a name of its own; not started."""
+        name = f"{self.service['metadata']['name']}-{suffix}"
+        spec, labels = ray_cluster(self.service), {"ray.io/cluster": name}
+        secret = spec["authOptions"]["secretName"]
+        domain = f"{name}-head-svc.{NAMESPACE}.svc.cluster.local"
+        self._release.services[domain] = self._release.next_address()
+        common = {
+            "RAY_CLUSTER_NAME": name, "RAY_CLUSTER_NAMESPACE": NAMESPACE, "RAY_PORT": "6379",
+            "REDIS_PASSWORD": "", "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
+            "RAY_SERVE_KV_TIMEOUT_S": "5", "RAY_gcs_server_request_timeout_seconds": "5",
+            "RAY_timeout_ms_task_wait_for_death_info": "0",
+        }  # fmt: skip
+        of_head = common | {"RAY_ADDRESS": "127.0.0.1:6379"}
+        of_worker = common | {"RAY_ADDRESS": f"{domain}:6379", "FQ_RAY_IP": domain}
+        template = spec["headGroupSpec"]["template"]
+        head = self._release.add(f"{name}-head", template, of_head, labels)
+        workers = [
+            pod
+            for group in spec["workerGroupSpecs"]
+            for number in range(group["replicas"])
+            for pod in self._release.add(
+                f"{name}-{group['groupName']}-{number}", group["template"], of_worker, labels
+            )
+        ]
+        self._release.write_hosts()
+        token = self._release.secret(secret, SECRET_KEY)
+        return LocalRayCluster(name, head, workers, self.service, token)
+
+    def lead_to(self, cluster: LocalRayCluster) -> None:
+        """Its head is behind the RayService's name from now on."""
+        name = f"{self.service['metadata']['name']}-head-svc.{NAMESPACE}.svc"
+        self._release.services[name] = cluster.head[0].address
+        self._release.write_hosts()
