@@ -121,6 +121,8 @@ def test_the_generated_files_are_current() -> None:
             "engine.workload=Deployment,discovery=kubernetes,cluster.tls.enabled=true",
             "goes without cluster.tls",
         ),
+        ("router.readinessGate=true", "it needs discovery kubernetes"),
+        ("router.readinessGate=true,discovery=kubernetes,router.enabled=false", "router.enabled"),
         ("ray.coordinator.options.orphan=1", "orphan"),
         ("ray.coordinator.options.listen=x", "listen"),
         ("ray.kuberay.enabled=true", "set ray.enabled too"),
