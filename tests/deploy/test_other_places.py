@@ -26,7 +26,7 @@ RUNPOD_TEMPLATE = {
     "additionalProperties": False,
     "properties": {
         **{key: {"type": "string"} for key in ("name", "imageName", "readme", "volumeMountPath")},
-        **{key: TEXTS for key in ("dockerEntrypoint", "dockerStartCmd")},
+        **dict.fromkeys(("dockerEntrypoint", "dockerStartCmd"), TEXTS),
         **{key: {"type": "boolean"} for key in ("isPublic", "isServerless")},
         **{key: {"type": "integer", "minimum": 0} for key in ("containerDiskInGb", "volumeInGb")},
         "category": {"enum": ["NVIDIA", "AMD", "CPU"]},
