@@ -114,6 +114,7 @@ def test_a_head_made_anew_finds_its_cluster_in_redis_and_streams_do_not_notice(r
     for pod in head:
         pod.kill()
     assert b"\r\n:0\r\n" not in release.redis.ask("DBSIZE")
+    head[0].clear()
     for pod in head:
         pod.start()
     for pod in head:

@@ -36,7 +36,7 @@ class FakeKubernetes:
         self.conditions: dict[str, dict[str, str]] = {}
         """Pod -> type -> status."""
         self.refused: list[str] = []
-        self._watches: list[tuple[set[str], asyncio.Queue[bytes]]] = []
+        self._watches: list[tuple[set[str], asyncio.Queue[bytes | None]]] = []
         self._accounts: dict[str, str] = {}
         """Token -> name."""
         self._loop = asyncio.new_event_loop()
@@ -72,7 +72,9 @@ class FakeKubernetes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        for pod in self._release.pods.values():
+            pod.kill()  # or it would hang up on them
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
@@ -90,6 +92,15 @@ class FakeKubernetes:
         tls.load_cert_chain(self._tls["cluster_tls_cert"], self._tls["cluster_tls_key"])
         await web.TCPSite(self._runner, self._address, PORT, ssl_context=tls).start()
 
+    async def _end(self) -> None:
+        for _, queue in self._watches:
+            queue.put_nowait(None)
+        await self._runner.cleanup()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
     # ---- the API
 
     async def _slices(self, request: web.Request) -> web.StreamResponse:
@@ -101,12 +112,13 @@ class FakeKubernetes:
         if not is_watch:
             items = [self._slice(service) for service in sorted(services)]
             return web.json_response({"metadata": {"resourceVersion": "1"}, "items": items})
-        queue: asyncio.Queue[bytes] = asyncio.Queue()
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._watches.append((services, queue))
         response = web.StreamResponse()
         await response.prepare(request)
-        while True:
-            await response.write(await queue.get())
+        while (line := await queue.get()) is not None:
+            await response.write(line)
+        return response
 
     async def _patch(self, request: web.Request) -> web.Response:
         self._allow(request, "patch", "pods", "")
@@ -130,8 +142,9 @@ class FakeKubernetes:
 
     def _allow(self, request: web.Request, verb: str, resource: str, group: str) -> None:
         """Who asks may do so by a Role that is bound to it; otherwise 401 or 403."""
-        account = self._accounts.get(request.headers["Authorization"].removeprefix("Bearer "))
-        if account is None:
+        kind, _, token = request.headers.get("Authorization", "").partition(" ")
+        account = self._accounts.get(token)
+        if account is None or kind.lower() != "bearer":
             raise web.HTTPUnauthorized
         render = self._release.render
         bound = [

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ ENTRYPOINT = str(Path(sys.executable).parent / "quire")
 FIRST_ADDRESS = 16
 CPUS = "1"
 _SUBNETS = itertools.count(77)
-"""Each release has its own: several run at a time."""
+"""Each release has its own: several run at a time, also in other processes of the tests."""
 MOUNTS = "/mnt"
 """Where a pod of its own mounts has its volumes, /tmp excepted."""
 ACCOUNT = "/run/secrets/kubernetes.io/serviceaccount"
@@ -149,16 +150,16 @@ class LocalPod:
     def _mount_script(self) -> str:
         """Mounts of this container's own, then its command. What it runs from stays, wherever."""
         lines = [f"mount --bind {self.release.hosts} /etc/hosts", f"mount -t tmpfs none {MOUNTS}"]
+        if self.spec["automountServiceAccountToken"]:
+            account = self.release.accounts[self.spec["serviceAccountName"]]
+            lines += ["mount -t tmpfs none /run", f"mkdir -p {ACCOUNT}"]
+            lines += [f"mount --bind {account} {ACCOUNT}"]
         # /tmp last: the others' folders are below the real one
         for mount in sorted(self.container["volumeMounts"], key=lambda m: m["mountPath"] == "/tmp"):
             at = f"{MOUNTS}/{mount['name']}"
             lines += [f"mkdir {at}", f"mount --bind {self.folder / mount['name']} {at}"]
             if mount["mountPath"] == "/tmp":
                 lines += self._own_tmp(at)
-        if self.spec["automountServiceAccountToken"]:
-            account = self.release.accounts[self.spec["serviceAccountName"]]
-            lines += ["mount -t tmpfs none /run", f"mkdir -p {ACCOUNT}"]
-            lines += [f"mount --bind {account} {ACCOUNT}"]
         return "\n".join([*lines, "cd /", 'exec "$0" "$@"'])
 
     @staticmethod
@@ -216,6 +217,14 @@ class LocalPod:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(grace - (time.monotonic() - began))
 
+    def clear(self) -> None:
+        """Empty what lives as long as the pod: it is made anew, not its container started again."""
+        for volume in self.spec["volumes"]:
+            folder = self.folder / volume["name"]
+            if "emptyDir" in volume and folder.exists():
+                shutil.rmtree(folder)
+                folder.mkdir()
+
     def kill(self) -> None:
         """End it and all it has started, in whatever session."""
         if self.process is not None and self.process.poll() is None:
@@ -236,7 +245,7 @@ class LocalRelease:
         self.render = render
         self.folder = folder
         self.hosts: Path | None = None
-        self.subnet = f"127.0.{next(_SUBNETS)}"
+        self.subnet = f"127.{1 + os.getpid() % 250}.{next(_SUBNETS)}"
         self._used = 0
         self.pods: dict[str, LocalPod] = {}
         self.services: dict[str, str] = {}
