@@ -131,6 +131,12 @@ def test_the_generated_files_are_current() -> None:
             "ray.enabled=true,ray.kuberay.enabled=true,cluster.tls.enabled=true",
             "pods of a RayCluster have none",
         ),
+        ("ray.kuberay.kind=RayJob", "kind"),
+        (
+            "ray.enabled=true,ray.kuberay.enabled=true,ray.kuberay.kind=RayService,"
+            "ray.persistence.existingClaim=c",
+            "two clusters of a RayService would write to it",
+        ),
         ("ray.enabled=true,roles.unified.options.log_level=debug", "for all roles"),
         ("ray.enabled=true,roles.unified.transfer.kv_lease_s=4", "for all roles"),
         (

@@ -6,10 +6,11 @@ import re
 
 import pytest
 import yaml
-from manifests import NAMESPACE, VALUE_SETS, Render, pod_templates, render
+from manifests import NAMESPACE, ROOT, VALUE_SETS, Render, pod_templates, ray_cluster, render
 
 from quire.config.fleet import fleet_from
 from quire.config.transfer import TransferConfig
+from quire.router.coordinated import FOLLOW_S
 from quire.router.readiness_gate import CONDITION
 
 QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([a-zA-Z]*)")
@@ -291,11 +292,62 @@ def test_a_fleet_is_what_the_coordinator_reads_and_fits_its_nodes(rendered) -> N
         ]
         replicas += [
             group["replicas"]
-            for cluster in rendered.of("RayCluster")
-            for group in cluster["spec"]["workerGroupSpecs"]
+            for cluster in rendered.of("RayCluster", "RayService")
+            for group in ray_cluster(cluster)["workerGroupSpecs"]
             if group["groupName"] == pool["name"]
         ]
         assert replicas == [pool["replicas"]]
+
+
+def test_a_head_is_what_kuberay_finds(rendered) -> None:
+    """Its Service has the ports of the first container; gateways and workers know it by names that
+    KubeRay gives; the fleet of a RayService is one of several."""
+    for cluster in rendered.of("RayCluster", "RayService"):
+        name = cluster["metadata"]["name"]
+        head, *groups = pod_templates(cluster)
+        ray, coordinator = head["spec"]["containers"]
+        ports = {port["name"]: port["containerPort"] for port in ray["ports"]}
+        assert (ports["gcs"], ports["grpc"]) == (6379, 9200)
+        assert cluster["metadata"]["annotations"]["ray.io/overwrite-container-cmd"] == "true"
+        for group in groups:
+            assert "--join=$(FQ_RAY_IP):6379" in group["spec"]["containers"][0]["args"]
+        followers = [c["data"] for c in rendered.of("ConfigMap") if "gateway.yaml" in c["data"]]
+        for options in map(yaml.safe_load, [data["gateway.yaml"] for data in followers]):
+            assert options["coordinator"] == f"{name}-head-svc.{NAMESPACE}.svc:9200"
+        assert not any(v["name"] == "RAY_REDIS_ADDRESS" for v in ray["env"]), "KubeRay refuses it"
+        if cluster["kind"] == "RayService":
+            assert (ports["dashboard"], "serve" in ports) == (8265, True)
+            assert {"--dashboard", "--node-label=quire.pool=coordinator"} < set(ray["args"])
+            assert "--fleet-name=$(RAY_CLUSTER_NAME)" in coordinator["args"]
+            assert all("persistentVolumeClaim" not in v for v in head["spec"]["volumes"])
+
+
+def test_a_rayservice_waits_and_knows_rays_token(rendered) -> None:
+    for service in rendered.of("RayService"):
+        spec, (head, *groups) = service["spec"], pod_templates(service)
+        (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+        (deployment,) = application["deployments"]
+        selected = deployment["ray_actor_options"]["label_selector"]
+        label = next(iter(f"{key}={value}" for key, value in selected.items()))
+        assert f"--node-label={label}" in head["spec"]["containers"][0]["args"]
+        module, _, attribute = application["import_path"].partition(":")
+        source = (ROOT / "services" / (module.replace(".", "/") + ".py")).read_text()
+        assert f"{attribute} = {deployment['name']}.bind()" in source
+        given = spec["rayClusterConfig"]["authOptions"]["secretName"]
+        for pod in (head, *groups):
+            for container in pod["spec"]["containers"]:
+                token = next(v for v in container["env"] if v["name"] == "RAY_AUTH_TOKEN")
+                assert token["valueFrom"]["secretKeyRef"] == {"name": given, "key": "auth_token"}
+        drains = [pool["engine"]["drain_timeout_s"] for pool in pools(rendered)]
+        assert spec["rayClusterDeletionDelaySeconds"] >= FOLLOW_S + max(drains)
+        policy = rendered.named("NetworkPolicy", f"{service['metadata']['name']}-coordinator")
+        peers = [
+            rule["from"]
+            for rule in policy["spec"]["ingress"]
+            if any(port["port"] == "dashboard" for port in rule.get("ports", ()))
+        ]
+        assert peers, "KubeRay's operator is let in"
+        assert all(peers)
 
 
 def test_pods_are_restricted(rendered) -> None:

@@ -114,6 +114,21 @@ def test_the_kubernetes_client_is_complete() -> None:
     assert closure({"kubernetes"}) <= set(pinned("gateway") | pinned("kubernetes"))
 
 
+def test_ray_serve_is_complete_and_changes_no_other_package() -> None:
+    both = pinned("gateway") | pinned("ray")
+    assert not set(pinned("serve")) & set(both)
+    optional = extras("ray", "default", "serve")
+    assert {canonicalize_name(each.name) for each in optional} <= set(both | pinned("serve"))
+    for each in optional:
+        assert (both | pinned("serve"))[canonicalize_name(each.name)] in each.specifier, each
+
+
+def extras(package: str, *names: str) -> list[Requirement]:
+    """What its extras require by themselves."""
+    found = [Requirement(text) for text in requires(package) or ()]
+    return [r for r in found if r.marker and any(r.marker.evaluate({"extra": n}) for n in names)]
+
+
 def test_versions_fit_the_distributions_own_bounds() -> None:
     both = pinned("gateway") | pinned("worker") | {"torch": "2.13.0"}
     for text in requires("quire"):
@@ -127,7 +142,7 @@ def test_targets_and_users_are_what_the_chart_expects() -> None:
     values = (CHART / "values.yaml").read_text()
     flavours = yaml.safe_load(values)["image"]["flavours"]
     with_ray = {f"{flavours[accelerator]}-ray" for accelerator in ("cpu", "nvidia")}
-    assert set(flavours.values()) | with_ray <= targets
+    assert set(flavours.values()) | with_ray | {f"{flavours['coordinator']}-serve"} <= targets
     assert "runAsUser: 10001" in values
     final = DOCKERFILE.split("\nFROM ")
     for stage in final:

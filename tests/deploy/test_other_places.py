@@ -11,6 +11,7 @@ import sys
 from types import ModuleType
 
 import jsonschema
+import pytest
 import yaml
 from local_pods import ENTRYPOINT
 from manifests import CHART, CUSTOM, ROOT, helm, pod_templates, tool
@@ -38,20 +39,23 @@ RUNPOD_TEMPLATE = {
 """Body of a POST to /templates of RunPod's REST API, v1."""
 
 
-def test_the_ray_manifest_is_what_the_chart_makes() -> None:
+@pytest.mark.parametrize("kind", ["RayCluster", "RayService"])
+def test_a_ray_manifest_is_what_the_chart_makes(kind) -> None:
     done = helm(
-        "template", "quire", str(CHART), "--namespace", "default", "-f", str(RAY / "values.yaml")
-    )
+        "template", "quire", str(CHART), "--namespace", "default", "-f", str(RAY / "values.yaml"),
+        "--set", f"ray.kuberay.kind={kind}",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    text = (RAY / "raycluster.yaml").read_text()
+    text = (RAY / f"{kind.lower()}.yaml").read_text()
     assert text == done.stdout, "render it again: deploy/ray/README.md"
 
 
-def test_the_ray_manifest_is_valid_and_needs_only_the_secrets_that_are_made() -> None:
-    text = (RAY / "raycluster.yaml").read_text()
+@pytest.mark.parametrize("kind", ["RayCluster", "RayService"])
+def test_a_ray_manifest_is_valid_and_needs_only_the_secrets_that_are_made(kind) -> None:
+    text = (RAY / f"{kind.lower()}.yaml").read_text()
     objects = [each for each in yaml.safe_load_all(text) if each]
-    (cluster,) = [each for each in objects if each["kind"] == "RayCluster"]
-    jsonschema.validate(cluster, CUSTOM["RayCluster"])
+    (cluster,) = [each for each in objects if each["kind"] == kind]
+    jsonschema.validate(cluster, CUSTOM[kind])
     assert [each["metadata"]["labels"]["app.kubernetes.io/component"]
             for each in pod_templates(cluster)] == ["coordinator", "decode", "prefill"]  # fmt: skip
     made = re.findall(

@@ -14,6 +14,7 @@ import pytest
 from kuberay import KubeRay, LocalRayCluster
 from local_pods import LocalRelease
 from manifests import EXAMPLES, render
+from network import network
 from streams import Stream
 
 if TYPE_CHECKING:
@@ -43,8 +44,11 @@ def release(tmp_path_factory) -> Iterator[LocalRelease]:
 
 
 @pytest.fixture(scope="module")
-def kuberay(release) -> KubeRay:
-    return KubeRay(release)
+def kuberay(release) -> Iterator[KubeRay]:
+    with network("head1", "worker1", "head2", "worker2") as net:
+        yield KubeRay(release, net.hosts.values())
+        for pod in release.pods.values():
+            pod.kill()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def first(release, kuberay) -> LocalRayCluster:
     cluster.head[0].wait_for("readinessProbe")
     for role in ("router", "gateway"):
         release.of(role)[0].start()
-    until(lambda: cluster.submit() == 401)
+    until(lambda: cluster.is_up)
     return cluster
 
 
@@ -114,8 +118,8 @@ def test_an_upgrade_loses_nothing_of_a_stream(release, kuberay, first) -> None:
     undisturbed = Stream(release, LONG).start().finish()
     second = kuberay.make_cluster("second")
     second.start()
-    until(lambda: second.head[0].probe("readinessProbe"))
-    until(lambda: second.submit(second.token) == 200)
+    until(lambda: second.is_up)
+    until(lambda: second.submit(second.token) == 200)  # KubeRay tries again, too
     until(lambda: is_(second, "RUNNING"))
     stream = Stream(release, LONG).start()
     kuberay.lead_to(second)

@@ -1,12 +1,14 @@
 """KubeRay's part in a RayService, on local pods: it makes clusters, sends their dashboards the
 application and asks how that is, and moves the head's Service.
 
-Names, variables and the header are those of its sources (1.6).
+Names, variables and the header are those of its sources (1.6). A pod has a network of its own,
+because Ray's head listens at every address there is.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -16,7 +18,10 @@ import yaml
 from manifests import NAMESPACE, ray_cluster
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from local_pods import LocalPod, LocalRelease
+    from network import Host
 
 APPLICATIONS = "/api/serve/applications/"
 SECRET_KEY = "auth_token"
@@ -40,6 +45,12 @@ class LocalRayCluster:
     def start(self) -> None:
         for pod in self.pods:
             pod.start()
+
+    @property
+    def is_up(self) -> bool:
+        """The head's dashboard can be called."""
+        with socket.socket() as sock:
+            return sock.connect_ex((self.head[0].address, self.head[0].port("dashboard"))) == 0
 
     def submit(self, token: str | None = None) -> int:
         """PUT the application; returns the status code."""
@@ -66,10 +77,11 @@ class LocalRayCluster:
 
 
 class KubeRay:
-    """For the RayService of a release whose pods have names."""
+    """For the RayService of a release whose pods have names; each takes one of the hosts."""
 
-    def __init__(self, release: LocalRelease) -> None:
+    def __init__(self, release: LocalRelease, hosts: Iterable[Host]) -> None:
         self._release = release
+        self._places = ((host.address, host.namespace) for host in hosts)
         (self.service,) = release.render.of("RayService")
 
     def make_cluster(self, suffix: str) -> LocalRayCluster:
@@ -78,7 +90,6 @@ class KubeRay:
         spec, labels = ray_cluster(self.service), {"ray.io/cluster": name}
         secret = spec["authOptions"]["secretName"]
         domain = f"{name}-head-svc.{NAMESPACE}.svc.cluster.local"
-        self._release.services[domain] = self._release.next_address()
         common = {
             "RAY_CLUSTER_NAME": name, "RAY_CLUSTER_NAMESPACE": NAMESPACE, "RAY_PORT": "6379",
             "REDIS_PASSWORD": "", "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
@@ -88,15 +99,17 @@ class KubeRay:
         of_head = common | {"RAY_ADDRESS": "127.0.0.1:6379"}
         of_worker = common | {"RAY_ADDRESS": f"{domain}:6379", "FQ_RAY_IP": domain}
         template = spec["headGroupSpec"]["template"]
-        head = self._release.add(f"{name}-head", template, of_head, labels)
+        head = self._release.add(f"{name}-head", template, of_head, labels, next(self._places))
         workers = [
             pod
             for group in spec["workerGroupSpecs"]
             for number in range(group["replicas"])
             for pod in self._release.add(
-                f"{name}-{group['groupName']}-{number}", group["template"], of_worker, labels
+                f"{name}-{group['groupName']}-{number}", group["template"], of_worker, labels,
+                next(self._places),
             )
-        ]
+        ]  # fmt: skip
+        self._release.services[domain] = head[0].address
         self._release.write_hosts()
         token = self._release.secret(secret, SECRET_KEY)
         return LocalRayCluster(name, head, workers, self.service, token)

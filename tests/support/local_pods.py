@@ -52,6 +52,8 @@ class LocalPod:
     """Environment that whoever makes the pod adds to that of its template."""
     labels: dict[str, str] = field(default_factory=dict)
     """Those that whoever makes the pod adds."""
+    network: str = ""
+    """Namespace that its address is in, this machine's own by default."""
     process: subprocess.Popen | None = None
     files: dict[str, Path] = field(default_factory=dict)
     """Path of a mount -> the volume's folder, as the process sees it."""
@@ -100,6 +102,8 @@ class LocalPod:
         command += [self._here(_expand(arg, environment)) for arg in container.get("args", ())]
         if self.release.hosts is not None:
             command = ["unshare", "-m", "sh", "-ec", self._mount_script(), *command]
+        if self.network:
+            command = ["ip", "netns", "exec", self.network, *command]
         with self._log_path.open("ab") as log:
             return subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT,
@@ -149,7 +153,11 @@ class LocalPod:
 
     def _mount_script(self) -> str:
         """Mounts of this container's own, then its command. What it runs from stays, wherever."""
-        lines = [f"mount --bind {self.release.hosts} /etc/hosts", f"mount -t tmpfs none {MOUNTS}"]
+        lines = [
+            f"mount --bind {self.release.hosts} /etc/hosts",
+            f"mount --bind {self.release.folder}/resolv.conf /etc/resolv.conf",
+            f"mount -t tmpfs none {MOUNTS}",
+        ]
         if self.spec["automountServiceAccountToken"]:
             account = self.release.accounts[self.spec["serviceAccountName"]]
             lines += ["mount -t tmpfs none /run", f"mkdir -p {ACCOUNT}"]
@@ -260,6 +268,8 @@ class LocalRelease:
         if names:
             self.hosts = folder / "hosts"
             self.write_hosts()
+            # nobody else knows a name: who asks is told so at once
+            (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
 
     def write_hosts(self) -> None:
         """What DNS knows now; running pods see it at once."""
@@ -285,26 +295,26 @@ class LocalRelease:
             }
             self.add(f"{pod}-{index}" if index else pod, others[0] if index else template, group)
 
-    def next_address(self) -> str:
-        """Of the pod that is added next."""
-        return f"{self.subnet}.{FIRST_ADDRESS + self._used}"
-
     def add(
         self,
         name: str,
         template: dict,
         injected: dict[str, str] | None = None,
         labels: dict[str, str] | None = None,
+        place: tuple[str, str] | None = None,
     ) -> list[LocalPod]:
-        """One more pod; its containers, of which the first has what is injected."""
-        address, added = self.next_address(), []
-        self._used += 1
+        """One more pod; its containers, of which the first has what is injected. `place` is an
+        address and the network that it is in."""
+        address, network = place or (f"{self.subnet}.{FIRST_ADDRESS + self._used}", "")
+        self._used += place is None
+        added = []
         for number, container in enumerate(template["spec"]["containers"]):
             key = f"{name}/{container['name']}" if number else name
             given = (injected or {}) if number == 0 else {}
             self.pods[key] = LocalPod(
-                name, address, template, self.folder / name, self, number, given, labels or {}
-            )
+                name, address, template, self.folder / name, self, number, given, labels or {},
+                network,
+            )  # fmt: skip
             added.append(self.pods[key])
         return added
 

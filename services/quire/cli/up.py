@@ -50,9 +50,7 @@ def run(argv: Sequence[str]) -> int:
     require_ray(COMMAND)
     config = resolved.get(UpConfig)
     try:
-        fleet = read_fleet(
-            Path(config.fleet_file), resolved.get(TransferConfig), config.fleet_name
-        )
+        fleet = read_fleet(Path(config.fleet_file), resolved.get(TransferConfig), config.fleet_name)
     except ConfigError as error:
         raise UsageError(COMMAND.prog, str(error)) from None
 

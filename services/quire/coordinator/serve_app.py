@@ -4,9 +4,9 @@
     RUNNING ──▶ a pool has none that is ready, or nobody can say: three times ──▶ UNHEALTHY
     UNHEALTHY ──▶ its replica is started again, and waits as at first ──▶ RUNNING
 
-KubeRay's RayService reads nothing else of a cluster, and sends the clients of the old one to the new
-one when the application there is RUNNING. The coordinator is asked as `quire status` asks it, with
-the same variables of the environment. Nothing else of Quire imports ray.serve.
+KubeRay's RayService reads nothing else of a cluster, and sends clients to a new one when the
+application there is RUNNING. The coordinator is asked as `quire status` asks it, with the same
+variables of the environment. Nothing else of Quire imports ray.serve.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TYPE_CHECKING
 
 from ray import serve
 
@@ -23,9 +22,7 @@ from quire.config.cluster import ClusterConfig
 from quire.config.flags import Command, parse
 from quire.config.fleet_client import FleetClientConfig
 from quire.coordinator.client import CoordinatorClient, CoordinatorError
-
-if TYPE_CHECKING:
-    from quire.proto.coordinator_pb2 import FleetStatus
+from quire.coordinator.fleet_health import NotServing, why_not_complete, why_not_serving
 
 logger = logging.getLogger("ray.serve")
 """Where Ray Serve keeps what a replica has to say."""
@@ -38,28 +35,6 @@ _OPTIONS = Command(
     owners=(FleetClientConfig, ClusterConfig),
     reads_environment=True,
 )
-
-
-class NotServing(Exception):
-    """Of the fleet; says what is missing."""
-
-
-def why_not_complete(status: FleetStatus) -> str:
-    """What is missing before clients may be sent here, empty when nothing is."""
-    short = [pool for pool in status.pools if pool.ready < pool.wanted]
-    return _listed(status, [(pool.pool, pool.ready, pool.wanted) for pool in short])
-
-
-def why_not_serving(status: FleetStatus) -> str:
-    """Why clients get no answers, empty when they do. A pool may lack some pods."""
-    gone = [pool for pool in status.pools if pool.wanted and not pool.ready]
-    return _listed(status, [(pool.pool, 0, pool.wanted) for pool in gone])
-
-
-def _listed(status: FleetStatus, short: list[tuple[str, int, int]]) -> str:
-    if not status.pools:
-        return "the fleet has no pools yet"
-    return "; ".join(f"pool {name}: {ready} of {wanted} ready" for name, ready, wanted in short)
 
 
 @serve.deployment(

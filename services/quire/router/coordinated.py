@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SILENCE_S = 7.0
 """Without a topology, one is due every 2 s, the call is made anew."""
 FOLLOW_S = 30.0
-"""Then the address is looked up anew: behind a name that moves there is another coordinator by then."""
+"""Then the address is looked up anew: a name may have moved to another coordinator."""
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 2.0
 CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),

@@ -32,6 +32,9 @@ def test_a_file_is_read(tmp_path):
     fleet = read_fleet(path, TransferConfig())
     assert fleet.pools["decode"].labels == {"quire.pool": "decode"}
     assert fleet.model_of("decode").engine.model == "demo"
+    assert read_fleet(path, TransferConfig(), "g").coordinator.fleet == "g"
+    with pytest.raises(ConfigError, match="lower-case"):
+        read_fleet(path, TransferConfig(), "G!")
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,16 @@ def test_a_head_and_a_node_that_joins_it():
         NodeConfig(node_label=("decode",))
 
 
+def test_only_a_head_has_a_dashboard_and_only_when_asked():
+    head = start_command(NodeConfig(address="10.0.0.1"))
+    assert "--include-dashboard=false" in head
+    assert not any(word.startswith("--dashboard-host") for word in head)
+    shown = start_command(NodeConfig(address="10.0.0.1", dashboard=True))
+    assert {"--include-dashboard=true", "--dashboard-host=10.0.0.1"} <= set(shown)
+    with pytest.raises(ValueError, match="only the head has one"):
+        NodeConfig(join="head:6379", dashboard=True)
+
+
 def test_a_log_that_is_replaced_is_copied_to_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = files.engine_folder("f", "p-0")

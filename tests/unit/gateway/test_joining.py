@@ -95,6 +95,20 @@ async def test_the_only_worker_finishes_what_it_has_after_leaving():
         assert not one.workers.ready
 
 
+async def test_a_request_stays_with_its_model_when_another_one_takes_over():
+    async with world("a", "b") as one:
+        running = asyncio.create_task(answer(one.workers))
+        while not any(fake.submitted for fake in one.made.values()):
+            await asyncio.sleep(0.001)
+        [busy] = [name for (name, _), fake in one.made.items() if fake.submitted]
+        [other] = {"a", "b"} - {busy}
+        one.made[other, f"{other}:1"].model = worker_pb2.ModelInfo(model="m", fingerprint=b"new")
+        one.discovery.set({other: f"{other}:1"})
+        assert await running == TOKENS
+        assert one.losses == []
+        assert not one.made[other, f"{other}:1"].submitted
+
+
 async def test_a_worker_at_another_address_is_another_worker():
     async with world("a") as one:
         one.discovery.set({"a": "a:2"})

@@ -27,9 +27,11 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServicer):
                 return
             yield topology
 
-    def say(self, term: int, version: int, **pods: str) -> None:
+    def say(self, term: int, version: int, fleet: str = "f", **pods: str) -> None:
         pods = [coordinator_pb2.Pod(name=name, address=at) for name, at in pods.items()]
-        self.said.put_nowait(coordinator_pb2.Topology(term=term, version=version, pods=pods))
+        self.said.put_nowait(
+            coordinator_pb2.Topology(fleet=fleet, term=term, version=version, pods=pods)
+        )
 
 
 @asynccontextmanager
@@ -78,6 +80,44 @@ async def test_a_stale_epoch_is_refused(caplog):
         assert await next_of(watch) == {"b": "h:2"}
         await watch.aclose()
     assert "epoch 6.99 is refused after 7.1" in caplog.text
+
+
+async def test_another_fleet_behind_the_same_name_is_no_stale_one():
+    service = FakeCoordinator()
+    async with serving(service) as address:
+        watch = reader(address)
+        service.say(7, 1, a="h:1")
+        assert await next_of(watch) == {"a": "h:1"}
+        service.say(6, 0, fleet="g", b="h:2")  # its coordinator started earlier
+        assert await next_of(watch) == {"b": "h:2"}
+        await watch.aclose()
+
+
+class TalkativeCoordinator(coordinator_pb2_grpc.CoordinatorServicer):
+    """Has news twenty times a second."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.peers: set[str] = set()
+        """Other ends of the connections that it was called by."""
+
+    async def Watch(self, request, context):
+        self.peers.add(context.peer())
+        while True:
+            self.version += 1
+            yield coordinator_pb2.Topology(fleet="f", term=1, version=self.version)
+            await asyncio.sleep(0.05)
+
+
+async def test_the_address_is_looked_up_anew_while_its_coordinator_answers(monkeypatch):
+    monkeypatch.setattr(coordinated, "FOLLOW_S", 0.1)
+    service = TalkativeCoordinator()
+    async with serving(service) as address:
+        watch = reader(address)
+        async with asyncio.timeout(20):
+            while len(service.peers) < 3:
+                assert await anext(watch) == {}
+        await watch.aclose()
 
 
 async def test_pods_stay_while_the_coordinator_is_away_and_its_successor_is_heard():
