@@ -67,10 +67,30 @@ def test_every_kind_is_rendered_and_a_misspelt_field_of_a_custom_one_is_found() 
     rendered = render(*VALUE_SETS["everything"])
     shown = {each["kind"] for each in rendered.objects}
     assert set(CUSTOM) - {"ServiceMonitor", "RayCluster", "RayService"} <= shown
-    scaled = rendered.of("ScaledObject")[0]
-    broken = scaled | {"spec": scaled["spec"] | {"minReplicas": 1}}
-    with pytest.raises(jsonschema.ValidationError, match="minReplicas"):
-        jsonschema.validate(broken, CUSTOM["ScaledObject"])
+    for kind in set(CUSTOM) & shown:
+        each = rendered.of(kind)[0]
+        jsonschema.validate(each, CUSTOM[kind])
+        broken = each | {"spec": each["spec"] | {"minReplicas": 1}}
+        with pytest.raises(jsonschema.ValidationError, match="minReplicas"):
+            jsonschema.validate(broken, CUSTOM[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "was", "broken"),
+    [
+        ("PodMonitor", '"interval": "15s"', '"interval": "15 seconds"'),
+        ("PodMonitor", '"port": "status"', '"port": 9090'),
+        ("PrometheusRule", '"expr"', '"expression"'),
+        ("HTTPRoute", '"type": "PathPrefix"', '"type": "Prefix"'),
+    ],
+)
+def test_what_an_operator_would_refuse_is_refused_here(kind, was, broken) -> None:
+    """The upstream schemas know more than names."""
+    jsonschema = pytest.importorskip("jsonschema")
+    text = json.dumps(render(*VALUE_SETS["everything"]).of(kind)[0])
+    assert was in text
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(json.loads(text.replace(was, broken)), CUSTOM[kind])
 
 
 def test_the_generated_files_are_current() -> None:
@@ -101,6 +121,8 @@ def test_the_generated_files_are_current() -> None:
             "engine.workload=Deployment,discovery=kubernetes,cluster.tls.enabled=true",
             "goes without cluster.tls",
         ),
+        ("router.readinessGate=true", "it needs discovery kubernetes"),
+        ("router.readinessGate=true,discovery=kubernetes,router.enabled=false", "router.enabled"),
         ("ray.coordinator.options.orphan=1", "orphan"),
         ("ray.coordinator.options.listen=x", "listen"),
         ("ray.kuberay.enabled=true", "set ray.enabled too"),

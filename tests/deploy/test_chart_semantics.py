@@ -11,6 +11,7 @@ from manifests import NAMESPACE, ROOT, VALUE_SETS, Render, pod_templates, ray_cl
 from quire.config.fleet import fleet_from
 from quire.config.transfer import TransferConfig
 from quire.router.coordinated import FOLLOW_S
+from quire.router.readiness_gate import CONDITION
 
 QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([a-zA-Z]*)")
 SUFFIXES = {
@@ -181,11 +182,15 @@ def test_accounts_exist_and_who_asks_kubernetes_may(rendered) -> None:
     asks = "kubernetes_service:" in rendered.text
     slices = {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"],
               "verbs": ["list", "watch"]}  # fmt: skip
-    costs = {"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]}
+    told = {"deletion_cost: true": "pods", "readiness_gate: true": "pods/status"}
     for role in rendered.of("Role"):
         own = role["metadata"]["name"].endswith("-router")
-        assert role["rules"] == [costs if own else slices]
-        assert not own or "deletion_cost: true" in rendered.text
+        patched = [
+            {"apiGroups": [""], "resources": [resource], "verbs": ["patch"]}
+            for option, resource in told.items() if option in rendered.text
+        ]  # fmt: skip
+        assert role["rules"] == (patched if own else [slices])
+        assert role["rules"]
     for binding in rendered.of("RoleBinding"):
         if binding["roleRef"]["name"].endswith("-router"):
             (subject,) = binding["subjects"]
@@ -201,6 +206,15 @@ def test_accounts_exist_and_who_asks_kubernetes_may(rendered) -> None:
         assert exists(rendered, "ServiceAccount", pod["spec"]["serviceAccountName"])
         mounted = pod["spec"]["automountServiceAccountToken"]
         assert mounted is (asks and pod["metadata"]["labels"][COMPONENT] in ("gateway", "router"))
+
+
+def test_a_readiness_gate_is_opened_by_routers(rendered) -> None:
+    told = "readiness_gate: true" in rendered.text
+    for _, pod in rendered.pods:
+        gates = pod["spec"].get("readinessGates", [])
+        role = pod["metadata"]["labels"][COMPONENT]
+        waits = told and role in ("unified", "prefill", "decode") and not is_follower(pod["spec"])
+        assert gates == ([{"conditionType": CONDITION}] if waits else [])
 
 
 def test_requests_are_given_and_within_limits(rendered) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import jsonschema
 import pytest
 import yaml
 from local_pods import ENTRYPOINT
-from manifests import ROOT
+from manifests import ROOT, SCHEMAS
 from prometheus import Prometheus
 
 FOLDER = ROOT / "deploy" / "compose"
@@ -23,33 +24,11 @@ SECRETS = {"QUIRE_CLUSTER_TOKEN": "token-of-a-test", "QUIRE_API_KEY": "key-of-a-
 GIVEN = SECRETS | {"MODEL": "demo", "GPUS": "2"}
 VARIABLE = re.compile(r"\$\{(\w+)(?::([?-])([^}]*))?\}")
 START_S = 120
-KEYS = {
-    "image", "command", "environment", "ports", "volumes", "secrets", "depends_on", "restart",
-    "user", "read_only", "cap_drop", "security_opt", "tmpfs", "stop_grace_period", "healthcheck",
-    "deploy", "shm_size", "extends",
-}  # fmt: skip
-TEXTS = {"type": "array", "items": {"type": "string"}}
-SCHEMA = {
-    "type": "object",
-    "required": ["name", "services"],
-    "additionalProperties": False,
-    "patternProperties": {"^x-": {}},
-    "properties": {
-        "name": {"type": "string"},
-        "volumes": {"type": "object"},
-        "secrets": {"type": "object"},
-        "services": {
-            "type": "object",
-            "additionalProperties": {
-                "type": "object",
-                "additionalProperties": False,
-                "properties": {key: {} for key in KEYS}
-                | {"image": {"type": "string", "pattern": "^.+:[^:]+$"}, "command": TEXTS}
-                | {"ports": TEXTS, "volumes": TEXTS, "tmpfs": TEXTS, "depends_on": TEXTS},
-            },
-        },
-    },
-}
+SPECIFICATION = jsonschema.Draft7Validator(
+    json.loads((SCHEMAS / "compose" / "compose-spec.json").read_text())
+)
+"""The Compose Specification's own schema."""
+GRAFANA = ROOT / "grafana"
 
 
 def interpolate(text: str, environment: dict[str, str]) -> str:
@@ -70,12 +49,14 @@ def load(name: str, environment: dict[str, str] = GIVEN) -> dict:
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_a_file_is_valid_and_complete(path) -> None:
     content = load(path.stem)
-    jsonschema.validate(content, SCHEMA)
+    SPECIFICATION.validate(content)
     for service in content["services"].values():
         if "extends" in service:
             base = load(service["extends"]["file"].removesuffix(".yaml"))
             service = base["services"][service["extends"]["service"]] | service
-        assert not service["image"].endswith(":latest")
+        name, _, tag = service["image"].rpartition(":")
+        assert name, service["image"]
+        assert tag != "latest"
         assert set(service.get("depends_on", ())) <= set(content["services"])
         assert set(service.get("secrets", ())) <= set(content.get("secrets", ()))
         for volume in service.get("volumes", ()):
@@ -90,6 +71,51 @@ def test_a_file_is_valid_and_complete(path) -> None:
             assert service["user"] == "10001:10001"
             assert service["read_only"] is True
             assert service["cap_drop"] == ["ALL"]
+
+
+@pytest.mark.parametrize(
+    ("service", "broken"),
+    [
+        ("decode", {"healtcheck": {}}),
+        ("decode", {"healthcheck": {"test": ["CMD", "true"], "intervall": "5s"}}),
+        ("decode", {"healthcheck": {"test": ["CMD", "true"], "retries": {}}}),
+        ("decode", {"environment": {"QUIRE_API_KEY": {"from": "file"}}}),
+        ("decode", {"deploy": {"resources": {"reservations": {"gpus": 1}}}}),
+        ("grafana", {"depends_on": {"prometheus": {"condition": "ready"}}}),
+    ],
+)
+def test_what_compose_would_refuse_is_refused_here(service, broken) -> None:
+    """The check above sees what it is for."""
+    content = load("cpu")
+    content["services"][service] |= broken
+    with pytest.raises(jsonschema.ValidationError):
+        SPECIFICATION.validate(content)
+
+
+def test_grafana_is_provisioned_with_what_it_finds_there() -> None:
+    """Its files name each other, the other services, and paths in its container."""
+    services = load("cpu")["services"]
+    mounts = dict(volume.split(":")[:2][::-1] for volume in services["grafana"]["volumes"])
+    provisioning = (FOLDER / mounts["/etc/grafana/provisioning"]).resolve()
+    assert {path.name for path in provisioning.iterdir()} == {"dashboards", "datasources"}
+    (sources,) = (provisioning / "datasources").glob("*.yaml")
+    (source,) = yaml.safe_load(sources.read_text())["datasources"]
+    assert set(source) <= {"name", "type", "access", "url", "isDefault", "jsonData"}
+    assert (source["type"], source["access"], source["isDefault"]) == ("prometheus", "proxy", True)
+    host, port = source["url"].removeprefix("http://").split(":")
+    assert host in services
+    assert port == "9090", "Prometheus listens there unless told otherwise"
+    scraped = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())["global"]["scrape_interval"]
+    assert source["jsonData"] == {"timeInterval": scraped}, "or rates are over too few samples"
+    (providers,) = (provisioning / "dashboards").glob("*.yaml")
+    content = yaml.safe_load(providers.read_text())
+    (provider,) = content["providers"]
+    assert content["apiVersion"] == yaml.safe_load(sources.read_text())["apiVersion"] == 1
+    assert set(provider) <= {"name", "folder", "type", "options"}
+    assert provider["type"] == "file"
+    boards = (FOLDER / mounts[provider["options"]["path"]]).resolve()
+    assert boards == GRAFANA / "dashboards"
+    assert len({json.loads(path.read_text())["uid"] for path in boards.glob("*.json")}) == 5
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])

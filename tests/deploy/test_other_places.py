@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -19,6 +20,23 @@ from quire.config.engine import EngineConfig
 
 RAY = ROOT / "deploy" / "ray"
 SERVERLESS = ROOT / "deploy" / "serverless"
+TEXTS = {"type": "array", "items": {"type": "string"}}
+RUNPOD_TEMPLATE = {
+    "type": "object",
+    "required": ["name", "imageName"],
+    "additionalProperties": False,
+    "properties": {
+        **{key: {"type": "string"} for key in ("name", "imageName", "readme", "volumeMountPath")},
+        **dict.fromkeys(("dockerEntrypoint", "dockerStartCmd"), TEXTS),
+        **{key: {"type": "boolean"} for key in ("isPublic", "isServerless")},
+        **{key: {"type": "integer", "minimum": 0} for key in ("containerDiskInGb", "volumeInGb")},
+        "category": {"enum": ["NVIDIA", "AMD", "CPU"]},
+        "containerRegistryAuthId": {"type": "string"},
+        "env": {"type": "object", "additionalProperties": {"type": "string"}},
+        "ports": {"type": "array", "items": {"type": "string", "pattern": r"^\d+/(http|tcp)$"}},
+    },
+}
+"""Body of a POST to /templates of RunPod's REST API, v1."""
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayService"])
@@ -94,9 +112,19 @@ def test_the_modal_example_starts_a_server_that_quire_understands(monkeypatch) -
     assert made["serve"].__name__ == "serve"
 
 
-def test_the_runpod_command_is_understood() -> None:
-    (command,) = re.findall(r"`(quire serve [^`]+)`", (SERVERLESS / "README.md").read_text())
-    assert yaml.safe_load(understood(command.split()))["port"] == 8000
+def test_the_runpod_template_is_what_its_api_takes_and_quire_understands() -> None:
+    template = json.loads((SERVERLESS / "runpod_template.json").read_text())
+    jsonschema.validate(template, RUNPOD_TEMPLATE)
+    (entrypoint,) = set(
+        re.findall(r"^ENTRYPOINT (.+)$", (ROOT / "deploy/docker/Dockerfile").read_text(), re.M)
+    )
+    assert template["dockerEntrypoint"] == json.loads(entrypoint)
+    dumped = yaml.safe_load(understood(["quire", *template["dockerStartCmd"]]))
+    port = str(dumped["port"])
+    assert dumped["host"] == "0.0.0.0"
+    assert template["ports"] == [f"{port}/http"]
+    assert (template["env"]["PORT"], template["env"]["PORT_HEALTH"]) == (port, port)
+    assert template["imageName"].endswith("-cuda")
 
 
 def test_the_values_of_cloud_nodes_are_the_charts() -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
-import time
 from typing import TYPE_CHECKING
 
 import grpc
 import httpx2
 import pytest
-from local_pods import LocalPod, LocalRelease
+from local_pods import LocalRelease
 from manifests import EXAMPLES, RELEASE, render
-from streams import Stream
+from streams import Stream, metric, stream_until_prompts_move
 from waiting import wait_until
 
 if TYPE_CHECKING:
@@ -46,25 +44,13 @@ def test_helm_test_passes(release) -> None:
 
 
 def test_prompts_move_from_the_prefill_pod_to_decode_pods(release) -> None:
-    Stream(release, 20).start().finish()
-    moved = 'quire_prompt_tokens_by_source_total{.*source="external_kv_transfer".*}'
-    wait_until(lambda: sum(metric(release, pod, moved) for pod in release.of("decode")) > 64)
+    stream_until_prompts_move(release)
 
 
 def test_who_does_not_know_the_token_gets_no_metrics(release) -> None:
     for pod in release.pods.values():
         port = "http" if pod.role == "gateway" else "status"
         assert httpx2.get(pod.url(port, "/metrics")).status_code == 401
-
-
-def metric(release: LocalRelease, pod: LocalPod, pattern: str) -> float:
-    """A worker's or a gateway's sample whose name and labels match."""
-    secret, port = ("api-key", "http") if pod.role == "gateway" else ("cluster-token", "status")
-    token = release.secret(f"{RELEASE}-quire-{secret}", secret)
-    page = httpx2.get(pod.url(port, "/metrics"), headers={"Authorization": f"Bearer {token}"}).text
-    found = re.search(rf"^{pattern} (\S+)$", page, re.M)
-    assert found, page[:2000]
-    return float(found.group(1))
 
 
 def test_a_decode_pod_drained_under_a_stream_loses_nothing_of_it(release) -> None:
@@ -99,13 +85,7 @@ def test_pods_with_certificates_find_each_other_by_name(tmp_path) -> None:
         for pod in release.pods.values():
             pod.wait_for("readinessProbe")
         (decode,) = release.of("decode")
-        moved = 'quire_prompt_tokens_by_source_total{.*source="external_kv_transfer".*}'
-        deadline = time.monotonic() + 30
-        turn = 0
-        while metric(release, decode, moved) == 0:  # the router may not know the prefill pod yet
-            assert time.monotonic() < deadline
-            turn += 10
-            Stream(release, 20, repeats=turn).start().finish()
+        stream_until_prompts_move(release)
         address = f"{decode.address}:{decode.port('grpc')}"
         with grpc.insecure_channel(address) as plain, pytest.raises(grpc.FutureTimeoutError):
             grpc.channel_ready_future(plain).result(timeout=2)

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def certificate_files(folder: Path, name: str) -> dict[str, str]:
-    """Options that name the files of a new authority and of one process on 127.0.0.1."""
+def certificate_files(folder: Path, name: str, address: str = "127.0.0.1") -> dict[str, str]:
+    """Options that name the files of a new authority and of one process on a loopback address."""
 
     def openssl(*arguments):
         subprocess.run(["openssl", *arguments], check=True, capture_output=True, cwd=folder)
@@ -23,7 +23,7 @@ def certificate_files(folder: Path, name: str) -> dict[str, str]:
     openssl(
         "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
         "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=pod",
-        "-addext", "subjectAltName=IP:127.0.0.1",
+        "-addext", f"subjectAltName=IP:{address}",
     )  # fmt: skip
     openssl(
         "x509", "-req", "-in", f"{name}.csr", "-CA", f"{name}-ca.pem", "-copy_extensions",

@@ -2,7 +2,8 @@
 
 A pod has a loopback address of its own, so that all use the ports they use in a cluster. Names of
 pods become those addresses, and mount paths become folders; nothing else of a pod is changed. Where
-root is to be had, names stay, and so does /tmp: each pod has its own, as its hosts file.
+root is to be had, names stay, and so does /tmp: each pod has its own, as its hosts file, and the
+files of its account where it may ask Kubernetes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,9 +31,11 @@ ENTRYPOINT = str(Path(sys.executable).parent / "quire")
 FIRST_ADDRESS = 16
 CPUS = "1"
 _SUBNETS = itertools.count(77)
-"""Each release has its own: several run at a time."""
+"""Each release has its own: several run at a time, also in other processes of the tests."""
 MOUNTS = "/mnt"
 """Where a pod of its own mounts has its volumes, /tmp excepted."""
+ACCOUNT = "/run/secrets/kubernetes.io/serviceaccount"
+INIT_S = 60
 
 
 @dataclass
@@ -81,35 +85,43 @@ class LocalPod:
         return f"http://{self.address}:{self.port(port)}{path}"
 
     def start(self) -> None:
-        """Start it, or a new one in its place."""
+        """Start it, or a new one in its place, after what has to run before."""
         if not self.files:
             self._mount()
-        own = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
-        environment = own | self.environment()
-        named = self.container.get("command")
+        for init in self.spec.get("initContainers", ()):
+            code = self._launch(init).wait(INIT_S)
+            assert code == 0, f"{self.name}: {init['name']} ended with {code}\n{self.log}"
+        self.process = self._launch(self.container)
+
+    def _launch(self, container: dict) -> subprocess.Popen:
+        own = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        own["PATH"] = f"{Path(ENTRYPOINT).parent}:{os.environ['PATH']}"
+        environment = own | self.environment(container)
+        named = container.get("command")
         command = [ENTRYPOINT] if named is None else [self._here(part) for part in named]
-        command += [self._here(_expand(arg, environment)) for arg in self.container.get("args", ())]
+        command += [self._here(_expand(arg, environment)) for arg in container.get("args", ())]
         if self.release.hosts is not None:
             command = ["unshare", "-m", "sh", "-ec", self._mount_script(), *command]
         if self.network:
             command = ["ip", "netns", "exec", self.network, *command]
         with self._log_path.open("ab") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, container: dict) -> dict[str, str]:
         """As the kubelet makes it."""
         made = {}
-        for variable in self.container["env"]:
+        labels = self.template["metadata"]["labels"] | self.labels
+        for variable in container["env"]:
             source = variable.get("valueFrom", {})
             if "secretKeyRef" in source:
                 reference = source["secretKeyRef"]
                 value = self.release.secret(reference["name"], reference["key"])
             elif "fieldRef" in source:
                 fields = {"metadata.name": self.name, "status.podIP": self.address}
-                fields |= {f"metadata.labels['{k}']": value for k, value in self.labels.items()}
+                fields |= {f"metadata.labels['{k}']": value for k, value in labels.items()}
                 value = fields[source["fieldRef"]["fieldPath"]]
             elif "resourceFieldRef" in source:
                 assert source["resourceFieldRef"]["resource"] == "limits.cpu"
@@ -146,6 +158,10 @@ class LocalPod:
             f"mount --bind {self.release.folder}/resolv.conf /etc/resolv.conf",
             f"mount -t tmpfs none {MOUNTS}",
         ]
+        if self.spec["automountServiceAccountToken"]:
+            account = self.release.accounts[self.spec["serviceAccountName"]]
+            lines += ["mount -t tmpfs none /run", f"mkdir -p {ACCOUNT}"]
+            lines += [f"mount --bind {account} {ACCOUNT}"]
         # /tmp last: the others' folders are below the real one
         for mount in sorted(self.container["volumeMounts"], key=lambda m: m["mountPath"] == "/tmp"):
             at = f"{MOUNTS}/{mount['name']}"
@@ -209,6 +225,14 @@ class LocalPod:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(grace - (time.monotonic() - began))
 
+    def clear(self) -> None:
+        """Empty what lives as long as the pod: it is made anew, not its container started again."""
+        for volume in self.spec["volumes"]:
+            folder = self.folder / volume["name"]
+            if "emptyDir" in volume and folder.exists():
+                shutil.rmtree(folder)
+                folder.mkdir()
+
     def kill(self) -> None:
         """End it and all it has started, in whatever session."""
         if self.process is not None and self.process.poll() is None:
@@ -229,14 +253,18 @@ class LocalRelease:
         self.render = render
         self.folder = folder
         self.hosts: Path | None = None
-        self.subnet = f"127.0.{next(_SUBNETS)}"
+        self.subnet = f"127.{1 + os.getpid() % 250}.{next(_SUBNETS)}"
         self._used = 0
         self.pods: dict[str, LocalPod] = {}
         self.services: dict[str, str] = {}
         """Names in DNS that lead to an address, beside those of pods."""
+        self.secrets: dict[tuple[str, str], str] = {}
+        """Name and key -> content, of secrets that the values name as existing."""
+        self.accounts: dict[str, Path] = {}
+        """Name of a service account -> the folder with its token."""
         for workload in render.workloads:
             for number in range(workload["spec"]["replicas"]):
-                self._add_replica(workload, number)
+                self.add_replica(workload, number)
         if names:
             self.hosts = folder / "hosts"
             self.write_hosts()
@@ -250,7 +278,8 @@ class LocalRelease:
         lines = [f"{address} {name} {name.removesuffix('.svc')}" for address, name in named]
         self.hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
 
-    def _add_replica(self, workload: dict, number: int) -> None:
+    def add_replica(self, workload: dict, number: int) -> None:
+        """One more of its pods, or groups; not started yet."""
         name, (template, *others) = workload["metadata"]["name"], pod_templates(workload)
         separator = "-x" if workload["kind"] == "Deployment" else "-"
         pod = f"{name}{separator}{number}"
@@ -293,6 +322,8 @@ class LocalRelease:
         return [pod for pod in self.pods.values() if pod.role == role]
 
     def secret(self, name: str, key: str) -> str:
+        if (name, key) in self.secrets:
+            return self.secrets[name, key]
         return base64.b64decode(self.render.named("Secret", name)["data"][key]).decode()
 
     def resolve(self, text: str) -> str:

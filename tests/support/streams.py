@@ -1,17 +1,20 @@
-"""Completions that stream from a release's gateway while a test does something else."""
+"""Completions that stream from a release's gateway while a test does something else, and what its
+pods count meanwhile."""
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import httpx2
 from manifests import RELEASE
+from waiting import wait_until
 
 if TYPE_CHECKING:
-    from local_pods import LocalRelease
+    from local_pods import LocalPod, LocalRelease
 
 
 class Stream:
@@ -61,3 +64,27 @@ class Stream:
         choices = [choice for chunk in chunks for choice in chunk["choices"]]
         assert choices[-1]["finish_reason"] == "length"
         return "".join(choice["text"] for choice in choices)
+
+
+def metric(release: LocalRelease, pod: LocalPod, pattern: str) -> float:
+    """A worker's or a gateway's sample whose name and labels match."""
+    secret, port = ("api-key", "http") if pod.role == "gateway" else ("cluster-token", "status")
+    token = release.secret(f"{RELEASE}-quire-{secret}", secret)
+    page = httpx2.get(pod.url(port, "/metrics"), headers={"Authorization": f"Bearer {token}"}).text
+    found = re.search(rf"^{pattern} (\S+)$", page, re.M)
+    assert found, page[:2000]
+    return float(found.group(1))
+
+
+def stream_until_prompts_move(release: LocalRelease) -> None:
+    """Until a decode pod has had a prompt from a prefill pod, which the router may only hear of."""
+    moved = 'quire_prompt_tokens_by_source_total{.*source="external_kv_transfer".*}'
+    repeats = 0
+
+    def has_moved() -> bool:
+        nonlocal repeats
+        repeats += 10  # a prompt that no cache has
+        Stream(release, 20, repeats).start().finish()
+        return sum(metric(release, pod, moved) for pod in release.of("decode")) > 64
+
+    wait_until(has_moved)

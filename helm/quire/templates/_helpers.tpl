@@ -62,10 +62,21 @@ app.kubernetes.io/part-of: quire
 {{- end -}}
 {{- end -}}
 
+{{- /* "true" where routers tell Kubernetes which pods they have. */ -}}
+{{- define "quire.tellsReadiness" -}}
+{{- if .Values.router.readinessGate -}}
+{{- if or (ne .Values.discovery "kubernetes") (not .Values.router.enabled) -}}
+{{- fail "router.readinessGate: routers tell Kubernetes of the pods that they find: it needs discovery kubernetes and router.enabled" -}}
+{{- end -}}
+true
+{{- end -}}
+{{- end -}}
+
 {{- /* Who may patch pods is nobody but routers. */ -}}
 {{- define "quire.routerAccount" -}}
 {{- include "quire.serviceAccount" . -}}
-{{- if and .Values.serviceAccount.create (include "quire.tellsCosts" .) }}-router{{ end -}}
+{{- $tells := or (include "quire.tellsCosts" .) (include "quire.tellsReadiness" .) -}}
+{{- if and .Values.serviceAccount.create $tells }}-router{{ end -}}
 {{- end -}}
 
 {{- /* Image of a flavour; call with (dict "root" $ "flavour" "gateway"). */ -}}

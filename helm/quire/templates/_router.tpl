@@ -6,6 +6,9 @@ log_format: json
 {{- if include "quire.tellsCosts" . }}
 deletion_cost: true
 {{- end }}
+{{- if include "quire.tellsReadiness" . }}
+readiness_gate: true
+{{- end }}
 {{ include "quire.tlsOptions" . }}
 {{- with .Values.router.options }}
 {{ toYaml . }}

@@ -74,6 +74,9 @@ metadata:
     {{- end }}
 spec:
   {{- include "quire.podSettings" . | nindent 2 }}
+  {{- if and (include "quire.tellsReadiness" .root) (not .follows) }}
+  readinessGates: [{conditionType: quire/routed}]
+  {{- end }}
   terminationGracePeriodSeconds: {{ add $pool.drainSeconds (ternary 20 15 $ray) }}
   containers:
     - name: worker

@@ -41,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
             http_port=server.http_port,
             discovery=server,
             deletion_cost=server.deletion_cost,
+            readiness_gate=server.readiness_gate,
         )
         return await serve_router(options, never)
 

@@ -76,11 +76,15 @@ class RouterServerConfig(DiscoveryConfig):
     deletion_cost: bool = option(False, "server")
     """Write into each pod of --kubernetes-service how busy it is, so that a ReplicaSet that scales
     down takes the idlest."""
+    readiness_gate: bool = option(False, "server")
+    """Set the condition quire/routed of each pod of --kubernetes-service once it is routed to, for
+    readiness gates."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.deletion_cost and not self.kubernetes_service:
-            raise ValueError("deletion_cost is of pods found by kubernetes_service")
+        for name in ("deletion_cost", "readiness_gate"):
+            if getattr(self, name) and not self.kubernetes_service:
+                raise ValueError(f"{name} is of pods found by kubernetes_service")
         check_listen(self.listen, self.http_port)
         if len(self.pods) < len(self.pod):
             raise ValueError("pod: two pods have the same name")

@@ -157,6 +157,11 @@ class Fleet:
             "away": int(np.count_nonzero(~serving)),
         }
 
+    def serving(self) -> dict[str, int]:
+        """Incarnation of each pod that takes requests, by its own last word."""
+        taking = self._columns["serving"]
+        return {name: pod.incarnation for name, pod in self.pods.items() if taking[pod.slot]}
+
     # ---- reports
 
     def work_of(self, pod_id: str) -> tuple[float, float, float]:

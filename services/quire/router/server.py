@@ -19,10 +19,12 @@ from quire.cluster.rpc import PLAIN, Cluster
 from quire.config.discovery import NO_DISCOVERY
 from quire.proto import router_pb2_grpc
 from quire.router.coordinated import discover
-from quire.router.deletion_cost import DeletionCosts
+from quire.router.deletion_cost import deletion_costs
 from quire.router.endpoint_slices import own_namespace
 from quire.router.metrics import set_fleet_gauges
+from quire.router.pod_updates import PodUpdates
 from quire.router.pods import MAX_MESSAGE_BYTES, watch_pods
+from quire.router.readiness_gate import readiness_gates
 from quire.router.router import Router
 from quire.router.service import RouterService
 from quire.telemetry.instruments import new_registry, render
@@ -58,6 +60,8 @@ class RouterOptions:
     """Who tells of pods beside those in `pods`."""
     deletion_cost: bool = False
     """Tell Kubernetes how busy pods are."""
+    readiness_gate: bool = False
+    """Tell Kubernetes which pods are routed to."""
 
 
 async def serve(options: RouterOptions, orphaned: Callable[[], Awaitable[None]]) -> int:
@@ -85,7 +89,7 @@ async def serve(options: RouterOptions, orphaned: Callable[[], Awaitable[None]])
     logger.info("routing to %d pods, listening on %s", len(options.pods), options.listen)
     pods = discover(options.discovery, options.pods, cluster)
     watching = watch_pods(pods, router.fleet, router.clock, instruments, cluster)
-    telling = [DeletionCosts(router.fleet, own_namespace()).run()] if options.deletion_cost else []
+    telling = _telling(options, router)
     try:
         await _until_one_ends(watching, orphaned(), _signalled(), *status, *telling)
     finally:
@@ -107,6 +111,12 @@ def _status(
     # without a pod a router answers too: that there is none
     status = Status(page, lambda: True, lambda: len(router.fleet) > 0, token)
     return [serve_status(status, sock)]
+
+
+def _telling(options: RouterOptions, router: Router) -> list[Coroutine[None, None, None]]:
+    """What Kubernetes is told of pods. Raises OSError outside of a cluster."""
+    wanted = ((options.deletion_cost, deletion_costs), (options.readiness_gate, readiness_gates))
+    return [PodUpdates(of(router.fleet, own_namespace())).run() for is_on, of in wanted if is_on]
 
 
 async def _until_one_ends(*jobs: Awaitable[None]) -> None:

@@ -10,7 +10,8 @@ from kubernetes.aio import client
 
 from quire.config.router import RouterServerConfig
 from quire.router import deletion_cost
-from quire.router.deletion_cost import ANNOTATION, DeletionCosts, cost
+from quire.router.deletion_cost import ANNOTATION, cost, deletion_costs
+from quire.router.pod_updates import PodUpdates
 
 AMOUNTS = st.floats(0, 1e6)
 SHARES = st.floats(0, 1)
@@ -69,7 +70,7 @@ async def api():
 
 async def test_only_what_has_changed_is_told(api) -> None:
     fleet = FakeFleet(a=(0, 0, 0), b=(3, 0, 0))
-    costs = DeletionCosts(fleet, "models")
+    costs = PodUpdates(deletion_costs(fleet, "models"))
     await costs.tell(api)
     kind = "application/strategic-merge-patch+json"
     assert api.patches == [("a", "0", kind), ("b", "10", kind)]
@@ -83,11 +84,11 @@ async def test_only_what_has_changed_is_told(api) -> None:
 async def test_what_was_refused_is_told_again_and_a_pod_that_is_gone_is_no_news(
     api, caplog
 ) -> None:
-    costs = DeletionCosts(FakeFleet(a=(0, 0, 0), b=(0, 0, 0), c=(0, 0, 0)), "models")
+    costs = PodUpdates(deletion_costs(FakeFleet(a=(0, 0, 0), b=(0, 0, 0), c=(0, 0, 0)), "models"))
     api.refusals.update(a=404, b=403)
     await costs.tell(api)
     assert [each[0] for each in api.patches] == ["c"]
-    assert "answers 403 to the cost of b" in caplog.text
+    assert "answers 403 to the deletion cost of b" in caplog.text
     assert "cost of a" not in caplog.text
     api.refusals.clear()
     await costs.tell(api)

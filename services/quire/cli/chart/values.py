@@ -178,6 +178,10 @@ def _router() -> Schema:
         "Routers choose a pod by cached prefix, load and transfer cost.",
         enabled=flag("Deploy routers."),
         replicas=whole("Routers; each follows all workers.", 1),
+        readinessGate=flag(
+            "Worker pods become ready only once a router has them, so that an update which routers "
+            "cannot follow stops at its first pod. Needs discovery kubernetes."
+        ),
         options=options(
             "Options of `quire router`, as in docs/cli.md.",
             RouterConfig, LogConfig, except_for=("log_format",),
