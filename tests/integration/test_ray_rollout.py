@@ -58,7 +58,8 @@ def copy_models(hosts) -> None:
 @pytest.fixture(scope="module")
 def url(fleet):
     # whatever can be computed by a prefill pod is
-    with gateway(fleet.address, "--routing-policy", "least_load") as url:
+    flags = ("--routing-policy", "least_load", "--served-model-name", "demo", "--tokenizer", "demo")
+    with gateway(fleet.address, *flags) as url:
         yield url
 
 

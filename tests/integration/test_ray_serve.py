@@ -44,6 +44,8 @@ def test_a_killed_coordinator_is_not_noticed_and_everything_ends_with_the_server
         wait_until(lambda: server.metric("quire_gateway_worker_up") == 2)
         engines = processes("quire worker", fleet)
         assert len(engines) == 2
+        own = os.getpriority(os.PRIO_PROCESS, server.process.pid)
+        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in engines} == {own}
         want = server.post("/v1/completions", BODY)["choices"][0]["text"]
 
         def coordinator() -> list[int]:
