@@ -34,7 +34,7 @@ OTHER_RAY = """
 import ray
 ray.__version__ = "2.59.0"
 from quire.cli.main import main
-main()
+raise SystemExit(main())
 """
 
 
