@@ -102,7 +102,8 @@ def test_a_server_on_a_node_of_a_cluster(cluster, ray):
     with Load(url, key="k") as load:
         # one on each node, which are full with it
         assert [len(host.pids("quire worker --config")) for host in nodes] == [1, 1]
-        assert placed(here) == 2 * ["quire/serve-8000/both-0", "quire/serve-8000/both-1"]
+        pods = ["quire/serve-8000/both-0", "quire/serve-8000/both-1"]
+        assert placed(here) == sorted(2 * pods)
         wait_until(lambda: load.finished > 10, "answers", 60)
     assert load.failures == []
     for pid in here.pids("quire serve", "--port"):

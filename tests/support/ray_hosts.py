@@ -39,7 +39,7 @@ from ray.util.placement_group import placement_group_table
 ray.init("{head}", _node_ip_address="{address}", log_to_driver=False)
 groups = [one["name"] for one in placement_group_table().values() if one["state"] != "REMOVED"]
 actors = [one["name"] for one in list_named_actors(all_namespaces=True)]
-print(json.dumps(sorted(groups + actors)))
+print("placed", json.dumps(sorted(groups + actors)))
 """
 HURRIED = ("nice", "-n", "-10")
 """A head that starts gives its agent 15 s, which is little beside busy engines on two cores."""
@@ -237,7 +237,8 @@ def placed(host: Host) -> list[str]:
     (host.folder / "placed.py").write_text(PLACED.format(head=HEAD, address=host.address))
     code, said = ended(host, sys.executable, "-P", "/tmp/placed.py")
     assert code == 0, said
-    names: list[str] = json.loads(said.splitlines()[-1])
+    [line] = [line for line in said.splitlines() if line.startswith("placed ")]
+    names: list[str] = json.loads(line.removeprefix("placed "))
     return names
 
 
