@@ -1,7 +1,8 @@
 """A fleet on a Ray cluster of several hosts, and what it does when parts of it are killed.
 
 Slow, needs root for network namespaces: `pytest -m slow -s tests/integration/test_ray_fleet.py`
-prints start-up times, memory and times to recover. The tests use one cluster in the order below.
+prints start-up times, memory and times to recover, and keeps them where KEEP_FIGURES says. The
+tests use one cluster in the order below.
 """
 
 from __future__ import annotations
@@ -10,8 +11,17 @@ import time
 
 import pytest
 from http_load import Load
-from ray_fleet import fleet_file, gateway, pool, running_fleet
-from ray_hosts import can_make_namespaces, quire
+from kept_figures import show
+from ray_fleet import (
+    fleet_file,
+    gateway,
+    head_found_again,
+    keep_head_away,
+    pool,
+    report,
+    running_fleet,
+)
+from ray_hosts import HEAD, can_make_namespaces, quire
 from waiting import wait_until
 
 from quire.coordinator.client import CoordinatorError
@@ -29,7 +39,7 @@ def fleet(tmp_path_factory):
     base = tmp_path_factory.mktemp("hosts")
     with running_fleet(base, content, spare="decode3", prefill1=1, decode1=1, decode2=1) as fleet:
         took = fleet.wait_ready("prefill-0", "decode-0", "decode-1")
-        print(f"3 replicas ready after {took:.1f} s")
+        show("coordinator and 3 replicas", ready_after_s=took)
         yield fleet
 
 
@@ -46,8 +56,19 @@ def test_replicas_are_where_their_pool_is(fleet):
         assert pod.address.startswith(host.address)
         assert pod.pid in host.pids("quire worker")
         assert pod.role == name.rpartition("-")[0]
-        print(f"{name}: start {pod.startup_s:.1f} s, {pod.resident_bytes / 1e6:.0f} MB")
+        show(name, start_s=pod.startup_s, memory_mb=pod.resident_bytes / 1e6)
     fleet.show_processes()
+
+
+def test_status_shows_where_everything_is(fleet):
+    shown = quire(fleet.hosts["ctl"], "status").splitlines()
+    assert shown[0].startswith("fleet test, epoch ")
+    assert shown[1] == f"ray {HEAD}: answers"
+    assert "pool decode: 2 of 2 ready, model demo" in shown
+    rows = {line.split()[0]: line.split() for line in shown if " ready " in line[:40]}
+    for name, pod in fleet.pods().items():
+        role = name.rpartition("-")[0]
+        assert rows[name][1:5] == ["ready", role, pod.address, str(pod.pid)]
 
 
 def test_a_killed_engine_costs_no_request_and_comes_back(fleet, url):
@@ -104,28 +125,21 @@ def test_a_killed_coordinator_finds_everything_again(fleet, url):
     report("coordinator killed", took, load)
 
 
-def test_a_killed_head_disturbs_no_stream(fleet, url):
-    before = fleet.pods()
-    head = fleet.hosts["head"].processes[-1]
+def test_a_head_that_is_away_disturbs_no_stream(fleet, url):
+    before, processes = fleet.pods(), fleet.ray_processes()
     with Load(url) as load:
-        load.longest_gap_s = 0.0
-        head.kill()
-        head.wait(10)
-        wait_until(lambda: fleet.status().ray_problem, "its death noticed", 60)
+        keep_head_away(fleet, load)
         with pytest.raises(CoordinatorError, match="head does not answer"):
             fleet.ask("scale", {"decode": 3})
-        finished = load.finished
-        wait_until(lambda: load.finished > finished + 10, "answers without a head", 120)
-        gap = load.longest_gap_s
-        began = time.monotonic()
-        fleet.start_head()
-        wait_until(lambda: not fleet.status().ray_problem, "the head found again", 120)
-        took = time.monotonic() - began
-    after = fleet.pods()
-    assert {n: p.pid for n, p in after.items()} == {n: p.pid for n, p in before.items()}
+        took = head_found_again(fleet)
+        assert fleet.ray_processes() == processes
+        assert {n: p.pid for n, p in fleet.pods().items()} == {n: p.pid for n, p in before.items()}
+        assert "decode: 1 replicas" in quire(fleet.hosts["ctl"], "scale", "decode=1")
+        wait_until(lambda: "decode-1" not in fleet.pods(), "one less", 90)
+        assert "decode: 2 replicas" in quire(fleet.hosts["ctl"], "scale", "decode=2")
+        fleet.wait_ready(*before)
     assert load.failures == []
-    print(f"longest gap in a stream while the head was dead: {gap:.2f} s")
-    report("head killed, started again", took, load)
+    report("head started again, found by everybody", took, load)
 
 
 def test_more_replicas_under_load_without_a_failed_request(fleet, url):
@@ -151,6 +165,18 @@ def test_a_pod_changes_its_role_without_a_restart(fleet, url):
     assert Load(url).stream(1)
 
 
+def test_commands_say_which_pool_or_pod_there_is_not(fleet):
+    ctl = fleet.hosts["ctl"]
+    assert "no pool is called decod; there are prefill, decode" in quire(
+        ctl, "scale", "decod=1", ok=False
+    )
+    said = quire(ctl, "role", "decode-9", "prefill", ok=False)
+    assert "no pod is called decode-9; there are decode-0, " in said
+    assert "not 'prefil'; did you mean prefill?" in quire(
+        ctl, "role", "decode-0", "prefil", ok=False
+    )
+
+
 def test_more_than_there_is_room_for_is_refused(fleet):
     before = set(fleet.pods())
     said = quire(fleet.hosts["ctl"], "scale", "decode=9", ok=False)
@@ -168,7 +194,3 @@ def test_a_second_coordinator_is_refused(fleet):
     said = quire(other, *where[3:], ok=False)
     assert "another coordinator" in said
     assert "end that one first" in said
-
-
-def report(what: str, took_s: float, load: Load) -> None:
-    print(f"{what}: {took_s:.1f} s; {load.finished} answers, {len(load.failures)} failed")

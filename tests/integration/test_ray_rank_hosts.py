@@ -13,9 +13,10 @@ from dataclasses import replace
 
 import pytest
 from http_load import Load
+from kept_figures import show
 from parallel_models import SHARED
-from ray_fleet import ENGINE, fleet_file, gateway, pool, running_fleet
-from ray_hosts import can_make_namespaces, command_line, ray, resident_bytes
+from ray_fleet import ENGINE, fleet_file, gateway, pool, report, running_fleet
+from ray_hosts import can_make_namespaces, ray, resident_bytes
 from server import running_server
 from tiny_models import TINY, build
 from waiting import wait_until
@@ -57,7 +58,7 @@ def fleet(tmp_path_factory, four_heads):
 
     cpus = {"wide1": 1, "wide2": 1, "whole1": 2, "four1": 2, "four2": 2}
     with running_fleet(base, content, before=copy_model, **cpus) as fleet:
-        print(f"one replica of two hosts ready after {fleet.wait_ready('wide-0'):.1f} s")
+        show("coordinator and one replica of two hosts", ready_after_s=fleet.wait_ready("wide-0"))
         yield fleet
 
 
@@ -89,8 +90,8 @@ def test_a_rank_runs_on_each_host_and_tokens_are_those_of_one_process(fleet, url
     assert first.pids(RANK) == []
     [rank] = second.pids(RANK)
     for name, pid in (("rank 0", pod.pid), ("rank 1", rank)):
-        print(f"{name}: {resident_bytes(pid) / 1e6:.0f} MB  {command_line(pid)[:80]}")
-    print(f"start {pod.startup_s:.1f} s, both hosts {pod.resident_bytes / 1e6:.0f} MB")
+        show(name, memory_mb=resident_bytes(pid) / 1e6)
+    show("both hosts", start_s=pod.startup_s, memory_mb=pod.resident_bytes / 1e6)
     assert pod.resident_bytes > resident_bytes(pod.pid) + resident_bytes(rank)
     with running_server("--dtype", "float32", "--max-model-len", "512") as server:
         one = Load(f"http://127.0.0.1:{server.port}")
@@ -155,11 +156,11 @@ def test_a_lost_host_costs_no_request(both, url, number) -> None:
 
 def test_four_ranks_on_two_hosts_give_the_tokens_of_one_process(fleet, four_heads) -> None:
     fleet.ask("scale", {"wide": 0, "whole": 0, "four": 1})
-    print(f"four ranks on two hosts ready after {fleet.wait_ready('four-0'):.1f} s")
+    show("four ranks on two hosts", ready_after_s=fleet.wait_ready("four-0"))
     pod = fleet.pods()["four-0"]
     pair = [host for name, host in fleet.hosts.items() if name.startswith("four")]
     assert sorted(len(host.pids(RANK)) for host in pair) == [1, 2]
-    print(f"start {pod.startup_s:.1f} s, both hosts {pod.resident_bytes / 1e6:.0f} MB")
+    show("both hosts", start_s=pod.startup_s, memory_mb=pod.resident_bytes / 1e6)
     named = ("--served-model-name", "demo", "--tokenizer", "demo")
     alone = ("--dtype", "float32", "--max-model-len", "512", *named)
     with (
@@ -189,7 +190,3 @@ def has_places(fleet) -> bool:
     status = ray(fleet.hosts["ctl"], "status")
     assert "CPU" in status, status
     return "reserved in placement groups" in status
-
-
-def report(what: str, took_s: float, load: Load) -> None:
-    print(f"{what}: {took_s:.1f} s; {load.finished} answers, {len(load.failures)} failed")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kept_figures import show
 
 from quire import demo
 from quire.coordinator import files
@@ -208,7 +209,7 @@ def test_a_stopped_process_of_another_host_is_replaced_with_the_ranks(own_folder
     began = time.monotonic()
     os.kill(node, signal.SIGSTOP)
     wait_for(first, lambda r: is_ready(r) and r.restarts == 1)
-    print(f"process of another host stopped: ready again after {time.monotonic() - began:.1f} s")
+    show("a replica of two, one process stopped", ready_again_after_s=time.monotonic() - began)
     assert files.identity(node) is None
     assert second.report().restarts == 1
     for each in (first, second):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_figures import show
 from parallel_models import SHARED
 from prometheus_client import CollectorRegistry
 from ranks import load_in_threads
@@ -352,8 +353,10 @@ def test_a_rank_of_two_holds_little_more_than_half(tmp_path) -> None:
     )
     weights, [whole] = resident_after_load(tmp_path, 1)
     half_weights, halves = resident_after_load(tmp_path, 2)
-    print(f"weights {weights / 1e6:.0f} MB, of a rank of two {half_weights / 1e6:.0f} MB")
-    print(f"resident {whole / 1e6:.0f} MB, of two {[round(half / 1e6) for half in halves]} MB")
+    show("weights", one_process_mb=weights / 1e6, rank_of_two_mb=half_weights / 1e6)
+    show("one process", resident_mb=whole / 1e6)
+    for rank, half in enumerate(halves):
+        show(f"rank {rank} of two", resident_mb=half / 1e6, share_of_one_process=half / whole)
     assert half_weights <= 0.51 * weights
     assert len(halves) == 2
     assert max(halves) <= 0.55 * whole

@@ -22,10 +22,16 @@ class Load:
 
     url: str
     num_clients: int = 3
+    key: str = ""
+    """API key, where one is needed."""
     failures: list[str] = field(default_factory=list)
     finished: int = 0
     longest_gap_s: float = 0.0
     """Between two pieces of a stream."""
+    pieces: dict[int, int] = field(default_factory=dict)
+    """Client -> pieces of streams that it got."""
+    longest_wait: int = 0
+    """Most pieces that other clients got while one waited for its next."""
     _wanted: dict[int, str] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -61,9 +67,10 @@ class Load:
         request = urllib.request.Request(
             self.url + "/v1/completions",
             json.dumps(BODY | {"seed": seed, "stream": True}).encode(),
-            {"Content-Type": "application/json"},
+            {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"},
         )
         pieces, last = [], time.monotonic()
+        others = self._pieces_of_others(seed)
         with urllib.request.urlopen(request, timeout=90) as answer:
             for line in answer:
                 now = time.monotonic()
@@ -74,4 +81,19 @@ class Load:
                     return "".join(pieces)
                 event = json.loads(line[6:])
                 pieces.append(event["choices"][0]["text"])
+                before, others = others, self._pieces_of_others(seed)
+                self.longest_wait = max(self.longest_wait, others - before)
+                self.pieces[seed] = self.pieces.get(seed, 0) + 1
         raise ValueError("the stream ended without [DONE]")
+
+    def _pieces_of_others(self, seed: int) -> int:
+        return sum(got for client, got in tuple(self.pieces.items()) if client != seed)
+
+
+def complete(url: str, prompt: str, max_tokens: int = 16) -> str:
+    """One short answer, always with the same draws."""
+    body = BODY | {"prompt": prompt, "max_tokens": max_tokens, "seed": 1}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=90) as answer:
+        return json.load(answer)["choices"][0]["text"]

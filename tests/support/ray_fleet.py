@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from http_load import BODY, Load
+from kept_figures import show
 from ray_hosts import (
-    BIN,
     HEAD,
     TOKEN,
     Host,
-    command_line,
     hosts,
     resident_bytes,
     write_fleet,
@@ -35,6 +35,24 @@ if TYPE_CHECKING:
 
 START_S = 240
 ENGINE = {"max_model_len": 512, "num_threads": 1, "kv_cache_memory_bytes": "32M"}
+PROCESSES = {
+    "Ray's head (GCS)": ("gcs/gcs_server",),
+    "Ray's head: autoscaler monitor": ("autoscaler/_private/monitor",),
+    "Ray's head: process of the dashboard, without pages": ("dashboard/dashboard.py",),
+    "Ray's head: server for remote clients": ("ray.util.client.server",),
+    "raylet": ("raylet/raylet",),
+    "Ray's dashboard agent": ("ray::DashboardAgent",),
+    "Ray's runtime environment agent": ("ray::RuntimeEnvAgent",),
+    "ray start": ("python", "bin/ray start"),
+    "coordinator": ("quire up",),
+    "supervisor": ("SupervisorActor",),
+    "keeper": ("quire.coordinator.keeper",),
+    "engine": ("quire worker --config",),
+}
+"""Kind -> what its command line has."""
+AWAY_WINDOWS, WINDOW_S = 10, 10.0
+"""A head stays away for this many windows. Without a longer time to reconnect Ray's processes end
+after 60 s."""
 ROCKSDB = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/gcs"}
 
 
@@ -110,12 +128,56 @@ class Fleet:
         for wait in waits:
             wait()
 
+    def ray_processes(self) -> dict[str, list[int]]:
+        """Raylets and supervisors of every host but the head's."""
+        hosts = [host for name, host in self.hosts.items() if name != "head"]
+        return {h.name: sorted(h.pids("raylet/raylet") + h.pids("SupervisorActor")) for h in hosts}
+
     def show_processes(self) -> None:
-        """Each process's memory, for people."""
-        for name, host in self.hosts.items():
-            for pid in host.pids():
-                words = command_line(pid).replace(str(BIN) + "/", "")
-                print(f"{name:6} {resident_bytes(pid) / 1e6:6.0f} MB  {words[:90]}")
+        """The memory of each kind of process."""
+        for kind, words in PROCESSES.items():
+            pids = [pid for host in self.hosts.values() for pid in host.pids(*words)]
+            sizes = [resident_bytes(pid) / 1e6 for pid in pids]
+            if sizes:
+                show(kind, processes=len(sizes), least_mb=min(sizes), most_mb=max(sizes))
+
+
+def keep_head_away(fleet: Fleet, load: Load) -> None:
+    """Kill it, and wait until Ray's processes would have ended that had not been told to wait.
+
+    Streams go on: each client gets tokens in every window, and none waits for one while the others
+    get several answers.
+    """
+    head = fleet.hosts["head"].processes[-1]
+    head.kill()
+    head.wait(10)
+    wait_until(lambda: fleet.status().ray_problem, "its death noticed", 60)
+    load.longest_gap_s, load.longest_wait = 0.0, 0
+    for _ in range(AWAY_WINDOWS):
+        before = dict(load.pieces)
+        time.sleep(WINDOW_S)
+        stalled = [client for client, got in before.items() if load.pieces[client] == got]
+        assert not stalled, f"clients {stalled} got nothing for {WINDOW_S:g} s"
+    assert load.longest_wait < 10 * BODY["max_tokens"]
+    show(
+        "a stream's longest gap while the head was away",
+        away_s=AWAY_WINDOWS * WINDOW_S,
+        gap_s=load.longest_gap_s,
+        pieces_of_others=load.longest_wait,
+    )
+
+
+def head_found_again(fleet: Fleet) -> float:
+    """Start the head; seconds until the coordinator has it back."""
+    began = time.monotonic()
+    fleet.start_head()
+    wait_until(lambda: not fleet.status().ray_problem, "the head found again", 120)
+    return time.monotonic() - began
+
+
+def report(what: str, took_s: float, load: Load) -> None:
+    """How long it took, and what became of the requests meanwhile."""
+    show(what, took_s=took_s, answers=load.finished, failed=len(load.failures))
 
 
 def started(host: Host, start: Callable[[], subprocess.Popen]) -> Callable[[], float]:
@@ -144,9 +206,23 @@ def running_fleet(
     before: Callable[[dict[str, Host]], None] = lambda _: None,
     **cpus: int,
 ):
-    """`cpus`: of each host beside the head's and the coordinator's, whose name says the pool.
+    """A fleet on a `running_cluster`."""
+    with running_cluster(base, content, storage, spare, before, **cpus) as fleet:
+        fleet.up()
+        yield fleet
 
-    `spare` is a host that has not joined yet; `before` runs before the head starts.
+
+@contextlib.contextmanager
+def running_cluster(
+    base,
+    content: dict,
+    storage: dict[str, str] | None = None,
+    spare: str = "",
+    before: Callable[[dict[str, Host]], None] = lambda _: None,
+    **cpus: int,
+):
+    """Ray alone. `cpus`: of each host beside the head's and the coordinator's, whose name says the
+    pool. `spare` is a host that has not joined yet; `before` runs before the head starts.
     """
     names = [*cpus, spare] if spare else [*cpus]
     with hosts("head", "ctl", *names, base=base) as made:
@@ -155,8 +231,7 @@ def running_fleet(
         before(made)
         fleet.start_head()
         fleet.start_raylets(ctl=0, **cpus)
-        print(f"\nRay on {2 + len(cpus)} hosts: {time.monotonic() - began:.1f} s")
-        fleet.up()
+        show("Ray", hosts=2 + len(cpus), started_in_s=time.monotonic() - began)
         try:
             yield fleet
         except BaseException:

@@ -31,8 +31,16 @@ RAY_ENVIRONMENT = {
     # its agents start slowly beside everything else on this machine
     "RAY_agent_register_timeout_ms": "120000",
 }
+PLACED = """
+import json, ray
+from ray.util import list_named_actors
+from ray.util.placement_group import placement_group_table
 
-
+ray.init("{head}", _node_ip_address="{address}", log_to_driver=False)
+groups = [one["name"] for one in placement_group_table().values() if one["state"] != "REMOVED"]
+actors = [one["name"] for one in list_named_actors(all_namespaces=True)]
+print("placed", json.dumps(sorted(groups + actors)))
+"""
 HURRIED = ("nice", "-n", "-10")
 """A head that starts gives its agent 15 s, which is little beside busy engines on two cores."""
 
@@ -70,6 +78,8 @@ class Host:
     folder: Path
     """Its /tmp."""
     processes: list[subprocess.Popen] = field(default_factory=list)
+    gpus: int = 0
+    """That its raylet says it has."""
 
     @property
     def address(self) -> str:
@@ -120,16 +130,17 @@ class Host:
         labels = [f"--labels={label}"] if label else []
         return self.start(
             str(BIN / "ray"), "start", f"--address={HEAD}", f"--node-ip-address={self.address}",
-            f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=80000000", *labels,
-            "--disable-usage-stats", "--include-log-monitor=false", "--block",
+            f"--num-cpus={cpus}", f"--num-gpus={self.gpus}", "--object-store-memory=80000000",
+            *labels, "--disable-usage-stats", "--include-log-monitor=false", "--block",
         )  # fmt: skip
 
-    def start_head(self, **environment: str) -> subprocess.Popen:
+    def start_head(self, *more: str, **environment: str) -> subprocess.Popen:
+        """`more` options go over these."""
         return self.start(
             str(BIN / "ray"), "start", "--head", f"--node-ip-address={self.address}",
             "--port=6379", "--num-cpus=0", "--num-gpus=0", "--object-store-memory=80000000",
             "--include-dashboard=false", "--disable-usage-stats", "--include-log-monitor=false",
-            "--block", alone=True, **environment,
+            "--block", *more, alone=True, **environment,
         )  # fmt: skip
 
     def pids(self, *words: str) -> list[int]:
@@ -213,6 +224,22 @@ def quire(host: Host, *words: str, ok: bool = True) -> str:
     else:
         assert done.returncode != 0, done.stdout
     return done.stdout + done.stderr
+
+
+def ended(host: Host, *command: str) -> tuple[int, str]:
+    """Run a command there to its end: its exit code, and what it printed."""
+    done = _run(host, *command)
+    return done.returncode, done.stdout + done.stderr
+
+
+def placed(host: Host) -> list[str]:
+    """Names of the placement groups and of the named actors of the cluster, asked from a node."""
+    (host.folder / "placed.py").write_text(PLACED.format(head=HEAD, address=host.address))
+    code, said = ended(host, sys.executable, "-P", "/tmp/placed.py")
+    assert code == 0, said
+    [line] = [line for line in said.splitlines() if line.startswith("placed ")]
+    names: list[str] = json.loads(line.removeprefix("placed "))
+    return names
 
 
 def write_fleet(host: Host, content: dict) -> str:

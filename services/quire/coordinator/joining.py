@@ -9,6 +9,9 @@ from quire.config.address import split_address
 
 OBJECT_STORE_BYTES = 80_000_000
 """Ray's least is 75 MB; nothing is kept there."""
+NICENESS = ("RAY_worker_niceness", "0")
+"""Variable of a raylet. Its processes, and the engines that they start, would have a niceness of 15
+and yield to whatever else runs on the host, the gateway among it."""
 NODE_NAME = "QUIRE_NODE_NAME"
 """Variable of a raylet: the name under which others reach its host, where that is not its address,
 because certificates are made for names."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from quire.coordinator import engine_process, files
 from quire.coordinator.back_off import next_delay_s
 from quire.coordinator.engine_logs import EngineLogs
-from quire.coordinator.joining import NODE_NAME, OBJECT_STORE_BYTES
+from quire.coordinator.joining import NICENESS, NODE_NAME, OBJECT_STORE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +77,7 @@ class Node:
         for name, value in (
             ("RAY_AUTH_MODE", "token"),
             ("RAY_gcs_rpc_server_reconnect_timeout_s", str(RECONNECT_S)),
+            NICENESS,
         ):
             self._environment.setdefault(name, value)
         if config.node_name is not None:

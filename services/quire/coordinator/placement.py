@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from quire.coordinator import actors
 from quire.coordinator.actors import NAMESPACE
 from quire.coordinator.joining import (
+    NICENESS,
     OBJECT_STORE_BYTES,
     RayError,
     own_address,
@@ -88,6 +89,7 @@ class RayCluster:
             "RAY_gcs_rpc_server_reconnect_timeout_s", str(self._config.ray_reconnect_s)
         )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault(*NICENESS)
         import ray
         import ray.util
 
