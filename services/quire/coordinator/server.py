@@ -18,6 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from quire.cluster.rpc import Cluster
+from quire.config.exit_codes import CANNOT_SERVE
+from quire.config.last_word import PREFIX
 from quire.coordinator.client import drain_engine, leads
 from quire.coordinator.coordinator import Coordinator, Deposed
 from quire.coordinator.joining import RayError
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEPOSED, CANNOT_SERVE = 1, 2
+DEPOSED = 1
 RETRY_S = 5.0
 STOP_GRACE_S = 0.5
 TAKE_OVER_S = 20.0
@@ -49,7 +51,7 @@ async def serve(
     """Run until SIGTERM or SIGINT, or until `ended` returns; returns the exit code.
 
     SIGTERM leaves the fleet running for the next coordinator. SIGINT, and `ended` where
-    `ends_with_fleet`, end it.
+    `ends_with_fleet`, end it; so does, there, that every replica is refused.
     """
     try:
         folder = StateFolder(fleet.coordinator.folder)
@@ -77,7 +79,7 @@ async def serve(
     except OSError as error:
         return _cannot(f"{error}; give the coordinator another --listen address")
     except Deposed as error:
-        print(f"quire: error: {error}", file=sys.stderr, flush=True)
+        print(f"{PREFIX}{error}", file=sys.stderr, flush=True)
         return DEPOSED
     finally:
         if status is not None:
@@ -110,7 +112,7 @@ class _Ending:
     def __init__(self, ended: Callable[[], Awaitable[None]], ends_with_fleet: bool) -> None:
         self.with_fleet = False
         self._event = asyncio.Event()
-        self._ended, self._ends_with_fleet = ended, ends_with_fleet
+        self._ended, self.ends_with_fleet = ended, ends_with_fleet
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._event.set)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
@@ -130,7 +132,7 @@ class _Ending:
                 one.cancel()
         if parent.done():
             parent.result()
-            self.with_fleet = self._ends_with_fleet
+            self.with_fleet = self.ends_with_fleet
 
 
 async def _run(
@@ -138,10 +140,16 @@ async def _run(
 ) -> int:
     stop = asyncio.create_task(ending.wait())
     working = asyncio.create_task(_work(coordinator, service, ray))
-    await asyncio.wait((stop, working), return_when=asyncio.FIRST_COMPLETED)
+    spent = asyncio.create_task(coordinator.nothing_left())
+    awaited = (stop, working, spent) if ending.ends_with_fleet else (stop, working)
+    await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
     if working.done():
         stop.cancel()
+        spent.cancel()
         working.result()
+    elif spent in awaited and spent.done():
+        stop.cancel()
+        ending.with_fleet = True
     elif ending.with_fleet and coordinator.topology.pods and not service.in_charge:
         # what a predecessor left is not ours to end before it is in our hands
         await asyncio.wait(
@@ -152,6 +160,9 @@ async def _run(
     if ending.with_fleet:
         logger.info("ending the fleet")
         await (coordinator.remove_all() if service.in_charge else coordinator.drain_known())
+    if spent in awaited and spent.done():
+        return _cannot(spent.result())
+    spent.cancel()
     return 0
 
 
@@ -186,5 +197,5 @@ async def _work(coordinator: Coordinator, service: CoordinatorService, ray: RayC
 
 
 def _cannot(message: str) -> int:
-    print(f"quire: error: {message}", file=sys.stderr, flush=True)
+    print(f"{PREFIX}{message}", file=sys.stderr, flush=True)
     return CANNOT_SERVE
