@@ -111,8 +111,10 @@ class _Ending:
 
     def __init__(self, ended: Callable[[], Awaitable[None]], ends_with_fleet: bool) -> None:
         self.with_fleet = False
+        self.reason = ""
+        """What to change, where there is no use in going on."""
         self._event = asyncio.Event()
-        self._ended, self.ends_with_fleet = ended, ends_with_fleet
+        self._ended, self._ends_with_fleet = ended, ends_with_fleet
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._event.set)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
@@ -121,35 +123,34 @@ class _Ending:
         self.with_fleet = True
         self._event.set()
 
-    async def wait(self) -> None:
-        """Return when it shall end."""
+    async def wait(self, nothing_left: Callable[[], Awaitable[str]]) -> None:
+        """Return when it shall end. `nothing_left` counts where nobody else asks of the fleet."""
         parent = asyncio.ensure_future(self._ended())
         asked = asyncio.ensure_future(self._event.wait())
+        spent = asyncio.ensure_future(
+            nothing_left() if self._ends_with_fleet else asyncio.Event().wait()
+        )
         try:
-            await asyncio.wait((parent, asked), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((parent, asked, spent), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in (parent, asked):
+            for one in (parent, asked, spent):
                 one.cancel()
-        if parent.done():
+        if spent.done():
+            self.reason, self.with_fleet = str(spent.result()), True
+        elif parent.done():
             parent.result()
-            self.with_fleet = self.ends_with_fleet
+            self.with_fleet = self._ends_with_fleet
 
 
 async def _run(
     coordinator: Coordinator, service: CoordinatorService, ray: RayCluster, ending: _Ending
 ) -> int:
-    stop = asyncio.create_task(ending.wait())
+    stop = asyncio.create_task(ending.wait(coordinator.nothing_left))
     working = asyncio.create_task(_work(coordinator, service, ray))
-    spent = asyncio.create_task(coordinator.nothing_left())
-    awaited = (stop, working, spent) if ending.ends_with_fleet else (stop, working)
-    await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((stop, working), return_when=asyncio.FIRST_COMPLETED)
     if working.done():
         stop.cancel()
-        spent.cancel()
         working.result()
-    elif spent in awaited and spent.done():
-        stop.cancel()
-        ending.with_fleet = True
     elif ending.with_fleet and coordinator.topology.pods and not service.in_charge:
         # what a predecessor left is not ours to end before it is in our hands
         await asyncio.wait(
@@ -160,10 +161,7 @@ async def _run(
     if ending.with_fleet:
         logger.info("ending the fleet")
         await (coordinator.remove_all() if service.in_charge else coordinator.drain_known())
-    if spent in awaited and spent.done():
-        return _cannot(spent.result())
-    spent.cancel()
-    return 0
+    return _cannot(ending.reason) if ending.reason else 0
 
 
 async def _work(coordinator: Coordinator, service: CoordinatorService, ray: RayCluster) -> None:
