@@ -142,10 +142,12 @@ def test_a_hub_that_is_away_is_asked_again(own_folder, monkeypatch):
 
 
 def test_an_engine_that_is_stopped_while_it_loads_is_replaced(own_folder, monkeypatch):
-    monkeypatch.setattr(probing, "LOADING_SILENCE_S", 3.0)
     supervisor = Supervisor(assignment())
     first = wait_for(supervisor, lambda r: r.pid)
     os.kill(first.pid, signal.SIGSTOP)
+    with monkeypatch.context() as hurried:
+        hurried.setattr(probing, "LOADING_SILENCE_S", 1.0)
+        wait_for(supervisor, lambda r: r.restarts == 1)
     again = wait_for(supervisor, lambda r: is_ready(r) and r.restarts == 1)
     assert again.pid != first.pid
     assert files.identity(first.pid) is None

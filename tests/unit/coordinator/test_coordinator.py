@@ -330,11 +330,11 @@ async def test_what_was_refused_takes_no_room_from_others(tmp_path):
         await world.coordinator.scale({"q": 4})
         await world.until(lambda: set(world.pods()) == {"q-0", "q-1", "q-2", "q-3"})
         before = list(cluster.log)
-        with pytest.raises(Refused, match="pool p: 3 replicas of 1 CPU are wanted"):
+        with pytest.raises(Refused, match="4 replicas of 1 CPU are wanted, there is room for 1"):
             await world.coordinator.scale({"p": 3})
         assert len(world.coordinator.refused) == 3
         assert cluster.log == before
-        with pytest.raises(Refused, match="pool p: 1 replicas of 1 CPU are wanted"):
+        with pytest.raises(Refused, match="4 replicas of 1 CPU are wanted, there is room for 3"):
             await world.coordinator.scale({"p": 1})
         await world.coordinator.scale({"q": 1})
         await world.coordinator.scale({"p": 3})
