@@ -13,7 +13,8 @@ import pytest
 from kept_figures import show
 
 from quire import demo
-from quire.coordinator import files
+from quire.coordinator import companion as companion_module
+from quire.coordinator import files, probing
 from quire.coordinator import supervisor as supervisor_module
 from quire.coordinator.companion import ASK_S, Companion
 from quire.coordinator.reconcile import State
@@ -94,7 +95,7 @@ def test_an_engine_is_restarted_in_place_adopted_and_drained(own_folder):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"model": "/no/such/model"}, "no model folder at '/no/such/model'"),
+        ({"model": "no-such-model"}, "no model folder at 'no-such-model'"),
         ({"tensor_parallel_size": 4}, "tensor_parallel_size=4 does not fit this model"),
         ({"max_model_len": "much"}, "max_model_len"),
     ],
@@ -108,20 +109,65 @@ def test_what_cannot_be_served_is_said_and_not_tried_again(own_folder, options, 
     stop(supervisor)
 
 
-def test_what_has_served_before_is_tried_again(own_folder, monkeypatch):
-    """The file that it needs is away only now."""
+def test_a_model_that_is_not_here_is_named_and_served_once_it_is(own_folder, monkeypatch):
+    """Its volume is mounted later; taken away and mounted again."""
     monkeypatch.setattr(supervisor_module, "LONGEST_DELAY_S", 0.5)
     model = own_folder / "model"
-    model.symlink_to(demo.path())
+    said = f"{model} is not on node 127.0.0.1: copy it there, or keep pool p off that node"
     supervisor = Supervisor(assignment(options=assignment().options | {"model": str(model)}))
+    failed = wait_for(supervisor, lambda r: r.state is State.FAILED)
+    assert said in failed.reason
+    assert (failed.pid, failed.restarts) == (0, 0)
+    model.symlink_to(demo.path())
     started = wait_for(supervisor, is_ready)
     model.unlink()
     os.kill(started.pid, signal.SIGKILL)
     failed = wait_for(supervisor, lambda r: r.state is State.FAILED)
-    assert f"no model folder at '{model}'" in failed.reason
+    assert said in failed.reason
     model.symlink_to(demo.path())
     wait_for(supervisor, is_ready)
     stop(supervisor)
+
+
+def test_a_hub_that_is_away_is_asked_again(own_folder, monkeypatch):
+    """The engine cannot have its model now: that is no refusal."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_HOME", str(own_folder / "hub"))
+    supervisor = Supervisor(assignment(options=assignment().options | {"model": "org/model"}))
+    report = wait_for(supervisor, lambda r: r.restarts == 2)
+    assert report.state is State.RESTARTING
+    assert report.reason.startswith("org/model is not in the local hub cache, and the hub cannot")
+    assert "\n" not in report.reason
+    stop(supervisor)
+
+
+def test_an_engine_that_is_stopped_while_it_loads_is_replaced(own_folder, monkeypatch):
+    supervisor = Supervisor(assignment())
+    first = wait_for(supervisor, lambda r: r.pid)
+    os.kill(first.pid, signal.SIGSTOP)
+    with monkeypatch.context() as hurried:
+        hurried.setattr(probing, "LOADING_SILENCE_S", 1.0)
+        wait_for(supervisor, lambda r: r.restarts == 1)
+    again = wait_for(supervisor, lambda r: is_ready(r) and r.restarts == 1)
+    assert again.pid != first.pid
+    assert files.identity(first.pid) is None
+    stop(supervisor)
+
+
+def test_a_process_of_another_host_that_is_stopped_before_it_meets_rank_0_is_replaced(
+    own_folder, monkeypatch
+):
+    monkeypatch.setattr(companion_module, "STOPPED_LOOKS", 2)
+    one = assignment(options=assignment().options | {"tensor_parallel_size": 2}, nodes=2, node=1)
+    rank0 = Report(State.STARTING, "d", "both", master="127.0.0.1:1", pid=7)
+    companion = Companion(one, "127.0.0.1", lambda: rank0)
+    waiting = wait_for(companion, lambda r: r.state is State.READY)
+    os.kill(waiting.pid, signal.SIGSTOP)
+    again = wait_for(companion, lambda r: r.state is State.READY and r.pid != waiting.pid)
+    assert files.identity(waiting.pid) is None
+    assert again.restarts == 1
+    stop(companion)
 
 
 def test_a_port_that_is_taken_is_named(own_folder):

@@ -8,12 +8,14 @@ Needs root.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +43,9 @@ groups = [one["name"] for one in placement_group_table().values() if one["state"
 actors = [one["name"] for one in list_named_actors(all_namespaces=True)]
 print("placed", json.dumps(sorted(groups + actors)))
 """
+LOCK = Path("/tmp/quire-test-hosts.lock")
+OTHERS_S = 600.0
+"""For another run of tests to be done with the hosts."""
 HURRIED = ("nice", "-n", "-10")
 """A head that starts gives its agent 15 s, which is little beside busy engines on two cores."""
 
@@ -49,8 +54,9 @@ def can_make_namespaces() -> bool:
     """Whether this user and kernel allow it."""
     if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
         return False
-    made = subprocess.run(["ip", "netns", "add", "quire-probe"], capture_output=True, check=False)
-    subprocess.run(["ip", "netns", "del", "quire-probe"], capture_output=True, check=False)
+    name = f"quire-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return made.returncode == 0
 
 
@@ -170,7 +176,39 @@ def _plain() -> dict[str, str]:
 
 @contextlib.contextmanager
 def hosts(*names: str, base: Path):
-    """Hosts by name, the first being the head's. Everything in them is killed in the end."""
+    """Hosts by name, the first being the head's. Everything in them is killed in the end.
+
+    One run has them at a time on a machine; another waits.
+    """
+    with _alone(), _hosts(names, base) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def _alone():
+    """Raises TimeoutError naming the run that does not end."""
+    with LOCK.open("a+") as lock:
+        deadline = time.monotonic() + OTHERS_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    owner = LOCK.read_text().strip()
+                    raise TimeoutError(
+                        f"process {owner} has the hosts of these tests for {OTHERS_S:.0f} s: one "
+                        "run has them at a time, end that one or try again later"
+                    ) from None
+            time.sleep(0.5)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _hosts(names: tuple[str, ...], base: Path):
     _clean(names)
     subprocess.run(["ip", "link", "add", "quire-br", "type", "bridge"], check=True)
     subprocess.run(f"ip addr add {OUTSIDE}/24 dev quire-br".split(), check=True)

@@ -82,6 +82,7 @@ warning, except those that Kubernetes sets for a service called `quire`.
 | 0 | Done; for `serve`, ended by a signal after finishing requests in progress |
 | 1 | Failed: the server cannot be reached, the port is taken, the worker keeps dying |
 | 2 | The command line, file or environment cannot be used, or the model cannot be served so |
+| 75 | It cannot be done now, but perhaps later with nothing changed: the model hub is away |
 | 130 | Interrupted; for `serve`, a second signal ended it with requests in progress |
 """
 VLLM = """\

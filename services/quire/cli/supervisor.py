@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quire.config.exit_codes import CANNOT_SERVE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CANNOT_SERVE = 2
-"""Exit code of a worker that has said why it can never serve with these options."""
 MAX_SOCKET_PATH = 100
 """Bytes of a Unix socket's path that every system accepts."""
 

@@ -103,6 +103,14 @@ def new_group(name: str, demand: Demand, near: str) -> Any:
     )
 
 
+def start_again(actor: Any) -> None:
+    """Have Ray end a supervisor's process, if there is one, and start it anew; it adopts its
+    engine."""
+    import ray
+
+    ray.kill(actor, no_restart=False)
+
+
 def supervisor(group: Any, name: str, args: tuple[Assignment, str]) -> Any:
     """The supervisor of this name in the group's bundle of its host, started unless it is there."""
     import ray

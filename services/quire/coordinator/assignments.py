@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from quire.coordinator.capacity import Demand
+from quire.coordinator.model_files import local_paths
 from quire.coordinator.reconcile import Wanted, pod_names
 from quire.coordinator.supervisor import Assignment
 
@@ -77,19 +78,10 @@ def digest(fleet: Fleet, pool: PoolConfig) -> str:
 
 
 def model_paths(fleet: Fleet) -> Iterator[tuple[str, PoolConfig]]:
-    """Files or folders that each node of a pool must have.
-
-    Raises ValueError for a path that means something else on each of them.
-    """
+    """Files or folders that each node of a pool must have. Raises ValueError."""
     for name, pool in fleet.pools.items():
         engine = fleet.model_of(name).engine_of(name)
-        for path in (engine.model, engine.tokenizer):
-            if path is None or not path.startswith(("/", ".", "~")):
-                continue  # a hub id, or the demo model
-            if not path.startswith("/"):
-                raise ValueError(
-                    f"model {path}: give an absolute path, it is looked up on each node"
-                )
+        for path in local_paths(asdict(engine)):
             yield path, pool
 
 

@@ -5,7 +5,8 @@
 
 Rank 0's supervisor is asked where rank 0 meets the others, each time: neither needs the coordinator
 to find the other after a restart. What runs here is `quire.engine.parallel.node`, which ends with
-its gang by itself, unless it hangs.
+its gang by itself, unless it hangs; rank 0 notices that once they have met. Before, nobody asks
+it anything, but all that it does has a time limit: that it is stopped is seen here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 ASK_S = 1.0
 """Between two questions to rank 0's supervisor."""
+STOPPED_LOOKS = 10
+"""After how many in a row a process that a signal has stopped is replaced."""
 
 
 class Companion(Supervisor):
@@ -52,13 +55,16 @@ class Companion(Supervisor):
         self._report = replace(self._report, state=State.READY)
         self._proven = engine.digest  # what rank 0 refuses is not for good: it may be upgraded
         began = asked = time.monotonic()
+        stopped = 0
         while engine.is_alive and not self._stopping.is_set():
             files.renew_lease(self._folder)
             if time.monotonic() - asked >= ASK_S:
+                stopped = stopped + 1 if files.is_stopped(engine.process) else 0
                 report = await asyncio.to_thread(self._ask)
                 asked = time.monotonic()
-                if report is not None and _is_another(report, engine):
-                    engine_process.kill(engine)  # of a gang that is no more
+                is_left = report is not None and _is_another(report, engine)
+                if is_left or stopped == STOPPED_LOOKS:
+                    engine_process.kill(engine)
             await asyncio.sleep(WATCH_S)
         return time.monotonic() - began
 

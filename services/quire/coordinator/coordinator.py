@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,8 @@ class Coordinator:
         self._drains: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
+        self._spent = asyncio.Event()
+        """Nothing serves, and nothing will."""
 
     # ---- what there should be
 
@@ -95,6 +98,11 @@ class Coordinator:
         """Pod -> what it should be."""
         every = assignments.wanted(self.fleet, self.numbers, self._record.roles)
         return {want.name: want for want in every}
+
+    def _holding(self) -> dict[str, int]:
+        """Pool -> replicas that have a place, or wait for one: those that were refused do not."""
+        refused = Counter(pod.rpartition("-")[0] for pod in self.refused)
+        return {name: number - refused[name] for name, number in self.numbers.items()}
 
     # ---- the loop
 
@@ -197,6 +205,8 @@ class Coordinator:
         for pod, report in tuple(self.refused.items()):
             if pod not in wanted or report.digest != wanted[pod].digest:
                 del self.refused[pod]
+        if self.refused and self.refused.keys() == wanted.keys():
+            self._spent.set()
 
     def _seen(self) -> dict[str, Seen]:
         return {
@@ -262,6 +272,12 @@ class Coordinator:
         """Have `changed` return."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+    async def nothing_left(self) -> str:
+        """Return once every replica is refused, with what to change."""
+        await self._spent.wait()
+        pod, report = min(self.refused.items())
+        return f"{pod} is refused: {report.reason}"
 
     async def changed(self) -> None:
         """Return with the next topology."""
@@ -355,12 +371,12 @@ class Coordinator:
             raise Refused(
                 f"no pool is called {unknown[0]}; there are {', '.join(self.fleet.pools)}"
             )
-        merged = self.numbers | dict(numbers)
-        if any(merged[name] > self.numbers[name] for name in numbers):
-            await check_room(self.fleet, self._cluster, merged)
+        again = [pod for pod in self.refused if pod.rpartition("-")[0] in numbers]
+        if again or any(number > self.numbers[name] for name, number in numbers.items()):
+            await check_room(self.fleet, self._cluster, self._holding() | dict(numbers))
         self._write(replicas=self._record.replicas | dict(numbers))
-        for pod in [pod for pod in self.refused if pod.rpartition("-")[0] in numbers]:
-            del self.refused[pod]
+        for pod in again:
+            self.refused.pop(pod, None)
         self._wake.set()
 
     async def set_role(self, pod: str, role: str) -> None:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quire.config.exit_codes import CANNOT_SERVE, TRY_LATER
 from quire.config.last_word import last_word
 from quire.coordinator import files
 from quire.coordinator.files import Identity
@@ -18,8 +19,6 @@ from quire.coordinator.files import Identity
 if TYPE_CHECKING:
     from pathlib import Path
 
-CANNOT_SERVE = 2
-"""Exit code of a worker that has said why it can never serve with these options."""
 START_S = 20.0
 """For the keeper to start the engine's process, on a busy machine."""
 EXIT_REPORT_S = 2.0
@@ -78,13 +77,13 @@ class Exit:
 
     @property
     def is_refusal(self) -> bool:
-        """The engine has said why it cannot serve."""
+        """The engine has said why it cannot serve with its options."""
         return self.code == CANNOT_SERVE and bool(self.last_lines)
 
     @property
     def reason(self) -> str:
         """One line for people: what the engine said last when it ended by itself."""
-        if self.is_refusal:
+        if self.code in (CANNOT_SERVE, TRY_LATER) and self.last_lines:
             return last_word(self.last_lines)
         if self.code is not None and self.code < 0:
             return f"the engine was killed by {_signal_name(-self.code)}"

@@ -46,6 +46,15 @@ def is_alive(process: Identity) -> bool:
     return identity(process.pid) == process
 
 
+def is_stopped(process: Identity) -> bool:
+    """It runs, but a signal has stopped it."""
+    try:
+        text = Path(f"/proc/{process.pid}/stat").read_text()
+    except OSError:
+        return False
+    return is_alive(process) and text.rpartition(")")[2].split()[_STAT_STATE] == "T"
+
+
 def signal_process(process: Identity, number: int) -> None:
     """Send a signal, unless it has ended."""
     if is_alive(process):

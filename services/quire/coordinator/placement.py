@@ -17,6 +17,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,8 @@ HEAD_TIMEOUT_S = 8.0
 REPORT_TIMEOUT_S = 2.0
 COMMAND_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 60.0
+SUPERVISOR_SILENCE_S = 60.0
+"""For which a supervisor may leave a question unanswered before Ray shall start it again."""
 
 
 class HeadAway(RayError):
@@ -67,7 +70,8 @@ class RayCluster:
         self._head = ThreadPoolExecutor(1, thread_name_prefix="ray-head")
         self._actors: dict[str, list[Any]] = {}
         """Pod -> supervisors by host, that of rank 0 first."""
-        self._reports: dict[tuple[str, int], Future[Any]] = {}
+        self._reports: dict[tuple[str, int], tuple[Future[Any], float]] = {}
+        """(pod, host) -> a question that is not answered yet, and when it was asked."""
         self.dashboard_url = ""
         self.address = ""
         self.host = ""
@@ -178,15 +182,18 @@ class RayCluster:
 
     async def _report(self, pod: str, number: int) -> Report:
         # Ray keeps calls for an actor that it has yet to start: one of each is enough
-        key = (pod, number)
-        asked = self._reports.get(key)
-        if asked is None:
-            asked = self._reports[key] = self._actors[pod][number].report.remote().future()
+        key, actor = (pod, number), self._actors[pod][number]
+        if key not in self._reports:
+            self._reports[key] = actor.report.remote().future(), time.monotonic()
+        asked, since = self._reports[key]
         try:
             report: Report = await self._answer(asked, REPORT_TIMEOUT_S)
         finally:
             if asked.done():
                 self._reports.pop(key, None)
+            elif time.monotonic() - since > SUPERVISOR_SILENCE_S:
+                self._reports[key] = asked, time.monotonic()
+                self._head.submit(actors.start_again, actor)
         return report
 
     async def set_role(self, pod: str, term: int, role: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quire.coordinator import assignments, capacity
+from quire.coordinator.model_files import missing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +37,4 @@ async def check_room(fleet: Fleet, cluster: RayCluster, numbers: Mapping[str, in
             continue
         hosts = await cluster.missing(path, pool.labels)
         if hosts:
-            raise Refused(
-                f"{path} is not on node {hosts[0]}: copy it there, or keep pool {pool.name} "
-                "off that node with node-label"
-            )
+            raise Refused(missing(path, hosts[0], pool.name))

@@ -18,6 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from quire.cluster.rpc import Cluster
+from quire.config.exit_codes import CANNOT_SERVE
+from quire.config.last_word import PREFIX
 from quire.coordinator.client import drain_engine, leads
 from quire.coordinator.coordinator import Coordinator, Deposed
 from quire.coordinator.joining import RayError
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEPOSED, CANNOT_SERVE = 1, 2
+DEPOSED = 1
 RETRY_S = 5.0
 STOP_GRACE_S = 0.5
 TAKE_OVER_S = 20.0
@@ -49,7 +51,7 @@ async def serve(
     """Run until SIGTERM or SIGINT, or until `ended` returns; returns the exit code.
 
     SIGTERM leaves the fleet running for the next coordinator. SIGINT, and `ended` where
-    `ends_with_fleet`, end it.
+    `ends_with_fleet`, end it; so does, there, that every replica is refused.
     """
     try:
         folder = StateFolder(fleet.coordinator.folder)
@@ -77,7 +79,7 @@ async def serve(
     except OSError as error:
         return _cannot(f"{error}; give the coordinator another --listen address")
     except Deposed as error:
-        print(f"quire: error: {error}", file=sys.stderr, flush=True)
+        print(f"{PREFIX}{error}", file=sys.stderr, flush=True)
         return DEPOSED
     finally:
         if status is not None:
@@ -109,6 +111,8 @@ class _Ending:
 
     def __init__(self, ended: Callable[[], Awaitable[None]], ends_with_fleet: bool) -> None:
         self.with_fleet = False
+        self.reason = ""
+        """What to change, where there is no use in going on."""
         self._event = asyncio.Event()
         self._ended, self._ends_with_fleet = ended, ends_with_fleet
         loop = asyncio.get_running_loop()
@@ -119,16 +123,21 @@ class _Ending:
         self.with_fleet = True
         self._event.set()
 
-    async def wait(self) -> None:
-        """Return when it shall end."""
+    async def wait(self, nothing_left: Callable[[], Awaitable[str]]) -> None:
+        """Return when it shall end. `nothing_left` counts where nobody else asks of the fleet."""
         parent = asyncio.ensure_future(self._ended())
         asked = asyncio.ensure_future(self._event.wait())
+        spent = asyncio.ensure_future(
+            nothing_left() if self._ends_with_fleet else asyncio.Event().wait()
+        )
         try:
-            await asyncio.wait((parent, asked), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((parent, asked, spent), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in (parent, asked):
+            for one in (parent, asked, spent):
                 one.cancel()
-        if parent.done():
+        if spent.done():
+            self.reason, self.with_fleet = str(spent.result()), True
+        elif parent.done():
             parent.result()
             self.with_fleet = self._ends_with_fleet
 
@@ -136,7 +145,7 @@ class _Ending:
 async def _run(
     coordinator: Coordinator, service: CoordinatorService, ray: RayCluster, ending: _Ending
 ) -> int:
-    stop = asyncio.create_task(ending.wait())
+    stop = asyncio.create_task(ending.wait(coordinator.nothing_left))
     working = asyncio.create_task(_work(coordinator, service, ray))
     await asyncio.wait((stop, working), return_when=asyncio.FIRST_COMPLETED)
     if working.done():
@@ -152,7 +161,7 @@ async def _run(
     if ending.with_fleet:
         logger.info("ending the fleet")
         await (coordinator.remove_all() if service.in_charge else coordinator.drain_known())
-    return 0
+    return _cannot(ending.reason) if ending.reason else 0
 
 
 async def _work(coordinator: Coordinator, service: CoordinatorService, ray: RayCluster) -> None:
@@ -186,5 +195,5 @@ async def _work(coordinator: Coordinator, service: CoordinatorService, ray: RayC
 
 
 def _cannot(message: str) -> int:
-    print(f"quire: error: {message}", file=sys.stderr, flush=True)
+    print(f"{PREFIX}{message}", file=sys.stderr, flush=True)
     return CANNOT_SERVE

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.config.base import from_mapping, to_mapping
 from quire.config.engine import EngineConfig
+from quire.config.exit_codes import CANNOT_SERVE
 from quire.config.last_word import PREFIX, last_word
 from quire.text.folder import locate_here
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from quire.config.fleet import Fleet
 
 logger = logging.getLogger(__name__)
-
-CANNOT = 2
 
 
 async def check_splits(fleet: Fleet) -> None:
@@ -44,7 +43,7 @@ async def check_splits(fleet: Fleet) -> None:
         process.kill()
         raise
     word = last_word(said.splitlines())
-    if process.returncode == CANNOT:
+    if process.returncode == CANNOT_SERVE:
         raise ValueError(word)
     if process.returncode:
         logger.warning("cannot tell whether models fit their ranks: %s", word)
@@ -70,7 +69,7 @@ def main() -> int:
             fitting_config(from_mapping(EngineConfig, options), Path(folder))
         except ValueError as error:
             print(f"{PREFIX}pool {pool}: {error}", file=sys.stderr)
-            return CANNOT
+            return CANNOT_SERVE
     return 0
 
 

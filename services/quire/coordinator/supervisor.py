@@ -4,12 +4,12 @@
       start ─▶ │ dies                │ dies
         ▲      ▼                     ▼
         └─ restarting: 0.5, 1, 2 ... 30 s; back to the first after a calm minute
-           failed: tried again every 30 s
+           failed: it cannot be started here now, or not again; tried again every 30 s
            refused: it said that it cannot serve with these options, and never has; for good
 
-An engine that was ready and answers no probe any more is killed: one that is stopped, or whose
-event loop hangs, would never die. A restarted engine keeps its port and its devices: who knows its
-address finds it again although nobody that could tell them is there. Knows nothing of Ray;
+An engine that answers no probe any more is killed: one that is stopped, or whose event loop hangs,
+would never die. A restarted engine keeps its port and its devices: who knows its address finds it
+again although nobody that could tell them is there. Knows nothing of Ray;
 `quire.coordinator.placement` makes an actor of it.
 """
 
@@ -23,6 +23,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -32,13 +33,14 @@ from quire.config.address import split_address
 from quire.config.cluster import ClusterConfig
 from quire.coordinator import engine_process, files
 from quire.coordinator.back_off import LONGEST_DELAY_S, next_delay_s
+from quire.coordinator.model_files import local_paths, missing
+from quire.coordinator.probing import PROBE_S, Silence, health
 from quire.coordinator.reconcile import State
 from quire.proto import worker_pb2
 from quire.proto.worker_pb2_grpc import WorkerStub
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from quire.coordinator.engine_process import Engine, Exit
     from quire.proto.worker_pb2_grpc import WorkerAsyncStub
@@ -47,10 +49,6 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 0.1
 """Between two looks at the engine's process."""
-PROBE_S, PROBE_TIMEOUT_S = 0.5, 2.0
-PROBE_MISSES = 4
-"""Probes in a row that an engine which was ready may leave unanswered. Counted, so that nothing is
-blamed on it when this process itself was stopped."""
 KILL_GRACE_S = 5.0
 """On top of its own drain timeout, for an engine that was told to end."""
 COMMAND_TIMEOUT_S = 5.0
@@ -215,6 +213,7 @@ class Supervisor:
         """With options of its own beside those of the pool. Raises OSError."""
         a = self._assignment
         before = files.read_json(self._folder / files.ENGINE) or {}
+        self._require_files()
         if master:
             host, port = split_address(master)
             own |= {"nnodes": a.nodes, "node_rank": a.node}
@@ -232,6 +231,14 @@ class Supervisor:
         engine = engine_process.start(self._folder, launch)
         self._show(engine, adopted=False)
         return engine
+
+    def _require_files(self) -> None:
+        """What is not here may be copied yet, or its volume be mounted: no refusal of the engine's.
+        Raises OSError."""
+        for path in local_paths(self._assignment.options):
+            if not Path(path).exists():
+                pool = self._assignment.pod.rpartition("-")[0]
+                raise OSError(missing(path, self._report.host, pool))
 
     def _free_address(self, before: str, wanted: int) -> str:
         """The one of the engine before, where it can be had again; or with the wanted port, or any.
@@ -261,19 +268,19 @@ class Supervisor:
     async def _watch(self, engine: Engine) -> float:
         """Until the engine ends or shall end; returns for how long it was ready."""
         began, ready_since, probed = time.monotonic(), None, float("-inf")
-        misses = 0
+        silence = Silence()
         async with self._cluster.channel(engine.address) as channel:
             stub: WorkerAsyncStub = WorkerStub(channel)
             while engine.is_alive and not self._stopping.is_set():
                 files.renew_lease(self._folder)
                 if time.monotonic() - probed >= PROBE_S:
                     probed = time.monotonic()
-                    health = await _health(stub)
-                    misses = misses + 1 if health is None else 0
-                    if ready_since is None and health is not None and health.ready:
+                    answer = await health(stub)
+                    silence.note(answered=answer is not None)
+                    if ready_since is None and answer is not None and answer.ready:
                         ready_since = time.monotonic()
-                        self._show_ready(health, ready_since - began)
-                    elif ready_since is not None and misses == PROBE_MISSES:
+                        self._show_ready(answer, ready_since - began)
+                    if silence.is_too_long(ready_since is not None):
                         logger.error("%s: answers no probe: killed", self._assignment.pod)
                         engine_process.kill(engine)
                 await asyncio.sleep(WATCH_S)
@@ -332,17 +339,6 @@ class Supervisor:
         if term < self._term:
             raise StaleTerm(f"a command of term {term}, after one of term {self._term}")
         self._term = term
-
-
-async def _health(stub: WorkerAsyncStub) -> worker_pb2.HealthReport | None:
-    """How an engine is, None when it does not answer."""
-    try:
-        reply = await stub.Control(
-            worker_pb2.ControlRequest(health=worker_pb2.Health()), timeout=PROBE_TIMEOUT_S
-        )
-    except grpc.aio.AioRpcError:
-        return None
-    return reply.health
 
 
 def _join(host: str, port: int) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.api.errors import ApiError, echo
 from quire.text.folder import resolve_folder, sampling_defaults
+from quire.text.hub import HubUnreachable
 from quire.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 30.0
+"""Between two attempts to have the tokenizer from a hub that does not give it now."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,13 @@ class ModelLoader:
     async def _keep_loaded(self) -> None:
         # beside the engine, which takes longer; a failure shows when the model is known
         own = self._source.tokenizer
-        early = asyncio.create_task(asyncio.to_thread(self._load, own)) if own else None
+        early = asyncio.create_task(self._fetch(own)) if own else None
         try:
             while True:
                 info = await self._workers.wait_ready()
                 known = self._served
                 if known is None or known.info.model != info.model:
-                    loading = early or asyncio.to_thread(self._load, info.model)
+                    loading = early or self._fetch(info.model)
                     self._served = self._serve(info, await loading)
                 elif known.info != info:  # restarted
                     self._served = self._serve(info, known.tokenizer)
@@ -109,6 +112,17 @@ class ModelLoader:
         finally:
             if early is not None:
                 early.cancel()
+
+    async def _fetch(self, source: str) -> Tokenizer:
+        """The tokenizer, however often the hub must be asked. Raises OSError, ValueError."""
+        delay = FIRST_DELAY_S
+        while True:
+            try:
+                return await asyncio.to_thread(self._load, source)
+            except HubUnreachable as error:
+                logger.warning("%s; trying again in %g s", error, delay)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LONGEST_DELAY_S)
 
     def _load(self, source: str) -> Tokenizer:
         began = time.monotonic()

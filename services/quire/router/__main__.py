@@ -15,8 +15,9 @@ from quire.cluster.parent import parent_gone
 from quire.config.address import is_local
 from quire.config.base import from_mapping
 from quire.config.cluster import ClusterConfig
+from quire.config.exit_codes import CANNOT_SERVE
 from quire.config.router import RouterConfig
-from quire.router.server import CANNOT_SERVE, RouterOptions, serve
+from quire.router.server import RouterOptions, serve
 from quire.telemetry.logging import configure
 
 

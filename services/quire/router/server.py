@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2_grpc
 from quire.cluster.health import HealthService
 from quire.cluster.rpc import PLAIN, Cluster
 from quire.config.discovery import NO_DISCOVERY
+from quire.config.exit_codes import CANNOT_SERVE
 from quire.proto import router_pb2_grpc
 from quire.router.coordinated import discover
 from quire.router.deletion_cost import deletion_costs
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CANNOT_SERVE = 2
 STOP_GRACE_S = 1.0
 """For questions that are being answered when the process ends."""
 

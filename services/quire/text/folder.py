@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quire.text.hub import ModelNotFound, download
+
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "additional_chat_templates/*.jinja")
 """Files of a Hugging Face repository that the text layer may need; no weights."""
 
 
-class ModelNotFound(FileNotFoundError, ValueError):
-    """The model is neither a folder nor a repository that can be reached."""
-
-
 def resolve_folder(model: str, revision: str | None = None) -> Path:
-    """The folder with the tokenizer of `model`. Raises ModelNotFound without tokenizer.json."""
+    """The folder with the tokenizer of `model`. Raises as `locate` does, and ModelNotFound without
+    tokenizer.json."""
     folder = locate(model, revision)
     if not (folder / "tokenizer.json").is_file():
         raise ModelNotFound(f"no tokenizer.json in {folder}")
@@ -26,13 +25,13 @@ def locate(model: str, revision: str | None = None, files: tuple[str, ...] = TEX
     """Folder of a model's files: "demo", a local folder, or a Hugging Face id.
 
     A hub id's `files` are downloaded into the hub's cache (HF_HOME, HF_TOKEN and HF_HUB_OFFLINE
-    apply). Raises ModelNotFound with what to check.
+    apply). Raises ModelNotFound with what to change, HubUnreachable.
     """
     if (folder := _local(model)) is not None:
         return folder
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelNotFound(f"no model folder at {model!r}, and it is not a Hugging Face id")
-    return _download(model, revision, files)
+    return download(model, revision, files)
 
 
 def locate_here(model: str, revision: str | None = None) -> Path | None:
@@ -56,35 +55,6 @@ def _local(model: str) -> Path | None:
         return demo.path()
     folder = Path(model).expanduser()
     return folder if folder.is_dir() else None
-
-
-def _download(model: str, revision: str | None, files: tuple[str, ...]) -> Path:
-    # imported here: a second of start-up that local folders need not pay
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
-    except GatedRepoError:
-        raise ModelNotFound(f"access to {model} must be granted: set HF_TOKEN") from None
-    except RepositoryNotFoundError:
-        raise ModelNotFound(
-            f"{model} is neither a local folder nor a repository on the hub (if it is private, "
-            "set HF_TOKEN)"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise ModelNotFound(
-            f"{model} is not in the local hub cache and the hub cannot be reached"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelNotFound(f"{model} could not be fetched: {reason}") from None
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

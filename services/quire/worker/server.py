@@ -1,7 +1,8 @@
 """The worker process: serves gRPC at once, loads the engine behind it, and dies loudly.
 
-Exit codes: 0 after an orderly stop, 2 when the model cannot be served as configured (one line on
-stderr says why), 1 when the engine failed or stalled; its requests have been told by then.
+Exit codes: 0 after an orderly stop, 1 when the engine failed or stalled; its requests have been
+told by then. With one line on stderr that says why, 2 when the model cannot be served as
+configured, 75 when it cannot be now (see `quire.config.exit_codes`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from grpc_health.v1 import health_pb2_grpc
 from quire.cluster.health import HealthService
 from quire.cluster.parent import parent_gone
 from quire.cluster.rpc import PLAIN, Cluster
+from quire.config.exit_codes import exit_code
+from quire.config.last_word import PREFIX
 from quire.engine.engine import Engine
 from quire.proto import worker_pb2_grpc
 from quire.telemetry import metrics as m
@@ -112,8 +115,7 @@ async def serve(options: WorkerOptions) -> int:
         cluster.bind(server, options.listen)
         status = _serve_status(options, service, stop)
     except OSError as error:
-        print(f"quire: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _cannot(error)
     await server.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, service, options, stop)
@@ -157,15 +159,13 @@ async def _run(
     try:
         engine = loading.result()
     except (ValueError, OSError) as error:
-        print(f"quire: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _cannot(error)
     report.end()
     _publish_facts(engine, instruments)
     try:
         loop = service.attach(engine, options.transfer)
     except (ValueError, OSError) as error:
-        print(f"quire: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _cannot(error)
     gc.collect()
     gc.freeze()  # no collection while requests wait walks what stays for good
     logger.info("ready: %d KV blocks", engine.pool.num_blocks)
@@ -178,6 +178,12 @@ async def _run(
     await service.detach()
     loop.stop(STOP_TIMEOUT_S)
     return 0
+
+
+def _cannot(error: ValueError | OSError) -> int:
+    """Say why there is nothing to serve; returns the exit code."""
+    print(f"{PREFIX}{error}", file=sys.stderr, flush=True)
+    return exit_code(error)
 
 
 def _on_signal(service: WorkerService, options: WorkerOptions, stop: asyncio.Event) -> None:

@@ -318,3 +318,39 @@ def test_a_damaged_record_is_named(tmp_path):
     with pytest.raises(StateError, match="remove it"):
         folder.read()
     folder.close()
+
+
+async def test_what_was_refused_takes_no_room_from_others(tmp_path):
+    pools = [{"name": "p", "replicas": 3, "cpus": 1}, {"name": "q", "replicas": 1, "cpus": 1}]
+    fleet = fleet_from({"fleet": "f", "models": [{"name": "m", "pools": pools}]})
+    cluster = FakeRayCluster()  # of 4 CPUs
+    cluster.refusing = dict.fromkeys(("p-0", "p-1", "p-2"), "no")
+    async with running(tmp_path, cluster=cluster, fleet=fleet) as world:
+        await world.until(lambda: len(world.coordinator.refused) == 3)
+        await world.coordinator.scale({"q": 4})
+        await world.until(lambda: set(world.pods()) == {"q-0", "q-1", "q-2", "q-3"})
+        before = list(cluster.log)
+        with pytest.raises(Refused, match="4 replicas of 1 CPU are wanted, there is room for 1"):
+            await world.coordinator.scale({"p": 3})
+        assert len(world.coordinator.refused) == 3
+        assert cluster.log == before
+        with pytest.raises(Refused, match="4 replicas of 1 CPU are wanted, there is room for 3"):
+            await world.coordinator.scale({"p": 1})
+        await world.coordinator.scale({"q": 1})
+        await world.coordinator.scale({"p": 3})
+        await world.until(lambda: cluster.log.count(("place", "p-2")) == 2)
+
+
+async def test_that_every_replica_is_refused_is_told_with_what_to_change(tmp_path):
+    cluster = FakeRayCluster()
+    cluster.refusing = {"p-1": "no such dtype: give another"}
+    async with running(tmp_path, cluster=cluster) as world:
+        await world.until(lambda: set(world.coordinator.refused) == {"p-1"})
+        told = asyncio.create_task(world.coordinator.nothing_left())
+        await asyncio.sleep(0.1)
+        assert not told.done()
+        cluster.reports["p-0"] = replace(
+            cluster.reports["p-0"], state=State.REFUSED, reason="no such file: copy it"
+        )
+        async with asyncio.timeout(5):
+            assert await told == "p-0 is refused: no such file: copy it"

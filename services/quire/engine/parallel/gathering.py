@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-START_S = 120.0
-"""From starting the processes to the last hello."""
+START_S = 60.0
+"""From starting the processes to the last hello: they greet before they load anything."""
 HOSTS_S = 600.0
 """For other hosts to come up: their images may have to be fetched first."""
 
@@ -75,17 +75,23 @@ class Gathering:
         """Take in the connections of all; others are turned away. Raises RankFailed."""
         self._listener.settimeout(WATCH_S)
         began = time.monotonic()
-        everyone: list[Node | Member] = [*self.nodes, *self.members]
-        while missing := [one for one in everyone if one.channel is None]:
+        while any(one.channel is None for one in (*self.nodes, *self.members)):
             for member in self.members:
                 if member.has_ended:
                     raise RankFailed(f"{member.name} {member.how_it_died()} while starting")
-            first, waited = missing[0], time.monotonic() - began
-            if waited > (HOSTS_S if self.nodes else START_S):
-                raise RankFailed(f"{first.name} did not connect within {waited:.0f} s")
+            self._check_times(began)
             self._hear_nodes()
             with contextlib.suppress(TimeoutError):
                 self._greet(self._listener.accept()[0])
+
+    def _check_times(self, began: float) -> None:
+        """Hosts may take long to come up, the processes that they start then may not."""
+        for node in self.nodes:
+            _check_time(node, began, HOSTS_S)
+        for member in self.members:
+            host = member.node
+            if host is None or host.channel is not None:
+                _check_time(member, began if host is None else host.met, START_S)
 
     def _hear_nodes(self) -> None:
         """A host that has gone again, or hangs, may come back, and start its ranks anew."""
@@ -105,7 +111,8 @@ class Gathering:
             channel.close()
         elif "node" in hello:
             node = self._missing_node(hello)
-            node.channel, node.secret, node.heard = channel, hello["key"], time.monotonic()
+            node.channel, node.secret = channel, hello["key"]
+            node.met = node.heard = time.monotonic()
             self._start(node)
         else:
             member = self._missing_member(hello)
@@ -155,6 +162,11 @@ class Gathering:
         )
         process = RankProcess(options)
         return Member(rank, process, pid=process.pid)
+
+
+def _check_time(one: Node | Member, began: float, limit_s: float) -> None:
+    if one.channel is None and time.monotonic() - began > limit_s:
+        raise RankFailed(f"{one.name} did not connect within {limit_s:.0f} s")
 
 
 def _how_lost(node: Node) -> str:

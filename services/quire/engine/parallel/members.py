@@ -24,6 +24,8 @@ class Node:
     secret: str = ""
     """That its ranks prove themselves with."""
     channel: Channel | None = None
+    met: float = 0.0
+    """When it connected."""
     heard: float = 0.0
     ends: dict[int, str] = field(default_factory=dict)
     """Rank -> how it ended."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from quire.cluster.tls import tls_context
 from quire.config.base import from_mapping
 from quire.config.engine import EngineConfig
+from quire.config.exit_codes import CANNOT_SERVE
 from quire.engine.parallel import greeting
 from quire.engine.parallel.channel import BEAT_S, Channel, Kind
 from quire.engine.parallel.processes import RankOptions, RankProcess
@@ -34,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 CONNECT_S, RETRY_S, REMIND_S = 5.0, 0.5, 30.0
 WATCH_S = 0.1
-ENDED, LOST, CANNOT_SERVE = 0, 1, 2
-"""Exit codes: rank 0 or a signal ended it, a rank was lost, it says what to change."""
+ENDED, LOST = 0, 1
+"""Exit codes beside CANNOT_SERVE: rank 0 or a signal ended it, a rank was lost."""
 
 
 @dataclass

@@ -25,6 +25,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Never
 
 from quire.cluster.tls import tls_context
+from quire.config.exit_codes import CANNOT_SERVE, exit_code
 from quire.engine.parallel import greeting
 from quire.engine.parallel.channel import BEAT_S, Channel, Kind
 from quire.engine.parallel.processes import RankOptions
@@ -74,7 +75,7 @@ def _run(options: RankOptions, channel: Channel, vitals: Vitals) -> int:
     except EOFError:
         return 0  # the only way out of `follow` that is no failure
     except (ValueError, OSError) as error:
-        _tell(channel, str(error), is_refusal=True)
+        _tell(channel, str(error), is_refusal=exit_code(error) == CANNOT_SERVE)
         return 1
     except BaseException as error:
         if channel.is_over():
