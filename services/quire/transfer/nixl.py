@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from quire.config.transfer import TransferConfig
     from quire.transfer.base import Channel, Node
 
+DRAIN_POLL_S = 0.05
+"""Between two looks at writes that an earlier link left behind."""
+
 
 class NixlChannel:
     """A tcp channel whose payloads take the other way."""
@@ -118,10 +121,24 @@ class NixlChannel:
         except Exception as error:  # noqa: BLE001 (the library raises its own kinds)
             self._end(f"cannot write to the peer: {error}")
             return
-        writer = transfer_pb2.KvWriter(agent=agent.name, drained=drained)
-        self._inner.post(pack(Header(Kind.WRITER), writer.SerializeToString()))
+        self._introduce(drained=drained)
         self._credits.extend(range(self._target.num_slots))
         self._changed.set()
+        if not drained:
+            await self._wait_drained(self._target)
+
+    async def _wait_drained(self, target: Target) -> None:
+        """Say so once it is: what the peer holds in quarantine waits for this word."""
+        while not self._is_closed:
+            if await self._transport.run(self._transport.agent.is_drained, target):
+                self._introduce(drained=True)
+                return
+            await asyncio.sleep(DRAIN_POLL_S)
+
+    def _introduce(self, *, drained: bool) -> None:
+        """Say who writes, and whether no write to an earlier link's slots is in flight."""
+        writer = transfer_pb2.KvWriter(agent=self._transport.agent.name, drained=drained)
+        self._inner.post(pack(Header(Kind.WRITER), writer.SerializeToString()))
 
     # ---- receiving
 

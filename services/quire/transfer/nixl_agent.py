@@ -38,7 +38,7 @@ MAX_WRITES = 1024
 """In flight at once, to all peers: one per link, and those that links left behind."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Target:
     """The slots of one peer, prepared for writing."""
 
@@ -53,7 +53,7 @@ class Target:
 class Write:
     """A one-sided write that was begun."""
 
-    peer: str
+    target: Target
     handle: Any
     head: int
     """Which of the agent's copies of heads it reads."""
@@ -104,8 +104,13 @@ class Agent:
             raise FrameError("landing slots of another size")
         name = self._agent.add_remote_agent(landing.agent)
         name = name.decode() if isinstance(name, bytes) else str(name)
-        in_flight = [write.peer for write in list(self._writes) if not self._has_ended(write)]
-        return Target(name, landing.base, landing.num_slots), name not in in_flight
+        target = Target(name, landing.base, landing.num_slots)
+        return target, self.is_drained(target)
+
+    def is_drained(self, target: Target) -> bool:
+        """Whether nothing is in flight to the target's peer but what goes to this target."""
+        in_flight = [write.target for write in list(self._writes) if not self._has_ended(write)]
+        return not any(t is not target and t.name == target.name for t in in_flight)
 
     def post(self, target: Target, slot: int, head: bytes, parts: Sequence[memoryview]) -> Write:
         """Start to write a frame's payload and trailer into a slot, and watch it for a moment.
@@ -124,7 +129,7 @@ class Agent:
         except Exception:
             self._free_heads.append(place)
             raise
-        write = Write(target.name, handle, place)
+        write = Write(target, handle, place)
         self._writes.append(write)
         self.poll(write)
         return write

@@ -95,6 +95,16 @@ def test_a_write_in_flight_is_told_to_its_peer_alone_until_it_ends(agent) -> Non
     assert given_up.is_done
 
 
+def test_a_link_hears_of_writes_that_an_earlier_one_left_until_they_end(agent) -> None:
+    earlier, _ = attach(agent, b"one")
+    given_up = write(agent, earlier, 1)
+    target, drained = attach(agent, b"one")
+    write(agent, target, 2)  # its own goes to slots that are not quarantined
+    assert not drained and not agent.is_drained(target)
+    agent._agent.states[given_up.handle] = "DONE"
+    assert agent.is_drained(target)
+
+
 def test_a_write_that_fails_is_said_and_over(agent) -> None:
     target, _ = attach(agent, b"one")
     broken = write(agent, target, 1)
