@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,19 @@ def test_a_killed_coordinator_is_not_noticed_and_everything_ends_with_the_server
         assert processes("quire worker", fleet) == engines
         assert server.post("/v1/completions", BODY)["choices"][0]["text"] == want
     wait_until(lambda: not processes("quire worker", fleet), "they end", 60)
+
+
+def test_a_server_whose_replicas_are_all_refused_ends_with_the_reason():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    flags = ["--ray", "--port", str(port), "--num-threads", "1", "--kv-cache-memory-bytes", "4096"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "quire", "serve", *flags],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    [said] = [line for line in done.stderr.splitlines() if line.startswith("quire: error: ")]
+    assert "is refused: " in said
+    assert "--kv-cache-memory-bytes" in said
+    assert processes(f"/serve-{port}/") == []
