@@ -9,6 +9,8 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -119,3 +121,19 @@ def is_up(url: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def test_a_server_whose_replicas_are_all_refused_ends_with_the_reason():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    flags = ["--ray", "--port", str(port), "--num-threads", "1", "--kv-cache-memory-bytes", "4096"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "quire", "serve", *flags],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    [said] = [line for line in done.stderr.splitlines() if line.startswith("quire: error: ")]
+    assert "is refused: " in said
+    assert "--kv-cache-memory-bytes" in said
+    assert processes(f"/serve-{port}/") == []

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from quire.engine.parallel.group import interface_of
+from quire.engine.parallel import group
+from quire.engine.parallel.group import TorchGroup, interface_of
 from quire.engine.parallel.runner import ParallelRunner
 from quire.engine.parallel.watch import RankFailed
 from quire.engine.runner import load
@@ -54,6 +57,41 @@ def test_what_a_broken_off_exchange_gave_is_no_result(monkeypatch) -> None:
     runner._followers = Lost()
     with pytest.raises(RankFailed, match="was killed"):
         runner.launch(None)
+
+
+def test_ranks_meet_before_nccl_is_set_up_for_the_device_of_each(monkeypatch) -> None:
+    """And nothing but what lies on the GPU goes that way."""
+    did: list[object] = []
+    environment: dict[str, str] = {}
+    made = SimpleNamespace(
+        allreduce=lambda tensors: SimpleNamespace(wait=lambda: did.append(("sum", len(tensors)))),
+        abort=lambda: did.append("abort"),
+    )
+
+    def nccl(store, rank, size, options):
+        did.append(("nccl", store, rank, size, options._timeout))
+        return made
+
+    nccl.Options = SimpleNamespace
+    fake = SimpleNamespace(ProcessGroupNCCL=nccl, PrefixStore=lambda name, store: (name, store))
+    monkeypatch.setattr(group, "dist", fake)
+    monkeypatch.setattr(group.os, "environ", environment)
+    monkeypatch.setattr(group.torch.cuda, "set_device", lambda device: did.append(device))
+    monkeypatch.setattr(TorchGroup, "all_gather", lambda *_: did.append("met"))
+    one = TorchGroup.__new__(TorchGroup)
+    one.rank, one.size, one._store, one._address, one._nccl = 1, 2, "store", "127.0.0.1", None
+    one._host = "gloo"
+    one.abort()  # before there is anything to break off
+    device = torch.device("cuda", 1)
+    on_gpu = SimpleNamespace(is_cuda=True, device=device)
+    assert one._group_of(on_gpu) is one._group_of(on_gpu) is made
+    joined = ("nccl", ("nccl", "store"), 1, 2, group.EXCHANGE_LIMIT)
+    assert did == ["met", device, joined]
+    assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert environment["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+    assert one._group_of(torch.zeros(1)) == "gloo"
+    one.abort()
+    assert did[-1] == "abort"
 
 
 class Counted:

@@ -75,7 +75,8 @@ class Gathering:
         """Take in the connections of all; others are turned away. Raises RankFailed."""
         self._listener.settimeout(WATCH_S)
         began = time.monotonic()
-        while None in [n.channel for n in self.nodes] + [m.channel for m in self.members]:
+        everyone: list[Node | Member] = [*self.nodes, *self.members]
+        while any(one.channel is None for one in everyone):
             for member in self.members:
                 if member.has_ended:
                     raise RankFailed(f"{member.name} {member.how_it_died()} while starting")

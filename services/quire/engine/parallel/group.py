@@ -126,8 +126,9 @@ class TorchGroup:
     def _between_gpus(self, device: torch.device) -> Any:
         # the store waits for a minute at most, while another rank may load for long
         self.all_gather(np.empty(self.size, np.int64), np.zeros(1, np.int64))
-        # torch's watchdog would end the process: `gang` notices, and aborts
+        # torch's watchdog, and who watches that, would end the process: `gang` notices, and aborts
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
         if (name := interface_of(self._address)) is not None:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
         torch.cuda.set_device(device)
