@@ -1,7 +1,7 @@
 """KubeRay's part in a RayService, on local pods: it makes clusters, sends their dashboards the
 application and asks how that is, and moves the head's Service.
 
-Names, variables and the header are those of its sources (1.6). A pod has a network of its own,
+Paths and the header are those of its sources (1.6). A pod has a network of its own,
 because Ray's head listens at every address there is.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 from manifests import NAMESPACE, ray_cluster
+from ray_cluster_pods import OWNER, head_service, pods_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +32,6 @@ SECRET_KEY = "auth_token"
 class LocalRayCluster:
     """The pods of one cluster."""
 
-    name: str
     head: list[LocalPod]
     """Its containers."""
     workers: list[LocalPod]
@@ -86,36 +86,22 @@ class KubeRay:
 
     def make_cluster(self, suffix: str) -> LocalRayCluster:
         """A cluster as the RayService has it now, with a name of its own; not started."""
-        name = f"{self.service['metadata']['name']}-{suffix}"
-        spec, labels = ray_cluster(self.service), {"ray.io/cluster": name}
-        secret = spec["authOptions"]["secretName"]
-        domain = f"{name}-head-svc.{NAMESPACE}.svc.cluster.local"
-        common = {
-            "RAY_CLUSTER_NAME": name, "RAY_CLUSTER_NAMESPACE": NAMESPACE, "RAY_PORT": "6379",
-            "REDIS_PASSWORD": "", "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
-            "RAY_SERVE_KV_TIMEOUT_S": "5", "RAY_gcs_server_request_timeout_seconds": "5",
-            "RAY_timeout_ms_task_wait_for_death_info": "0",
-        }  # fmt: skip
-        of_head = common | {"RAY_ADDRESS": "127.0.0.1:6379"}
-        of_worker = common | {"RAY_ADDRESS": f"{domain}:6379", "FQ_RAY_IP": domain}
-        template = spec["headGroupSpec"]["template"]
-        head = self._release.add(f"{name}-head", template, of_head, labels, next(self._places))
-        workers = [
-            pod
-            for group in spec["workerGroupSpecs"]
-            for number in range(group["replicas"])
-            for pod in self._release.add(
-                f"{name}-{group['groupName']}-{number}", group["template"], of_worker, labels,
-                next(self._places),
-            )
-        ]  # fmt: skip
+        metadata, spec = self.service["metadata"], ray_cluster(self.service)
+        name = f"{metadata['name']}-{suffix}"
+        labels = metadata["labels"] | {OWNER: "RayService"}
+        cluster = {"metadata": metadata | {"name": name, "labels": labels}, "spec": spec}
+        head, *workers = [
+            self._release.add(pod, template, place=next(self._places))
+            for pod, template in pods_of(cluster)
+        ]
+        domain = f"{head_service(cluster)}.{NAMESPACE}.svc.cluster.local"
         self._release.services[domain] = head[0].address
         self._release.write_hosts()
-        token = self._release.secret(secret, SECRET_KEY)
-        return LocalRayCluster(name, head, workers, self.service, token)
+        token = self._release.secret(spec["authOptions"]["secretName"], SECRET_KEY)
+        return LocalRayCluster(head, [pod for pods in workers for pod in pods], self.service, token)
 
     def lead_to(self, cluster: LocalRayCluster) -> None:
         """Its head is behind the RayService's name from now on."""
-        name = f"{self.service['metadata']['name']}-head-svc.{NAMESPACE}.svc"
+        name = f"{head_service(self.service)}.{NAMESPACE}.svc"
         self._release.services[name] = cluster.head[0].address
         self._release.write_hosts()

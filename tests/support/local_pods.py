@@ -50,8 +50,6 @@ class LocalPod:
     number: int = 0
     injected: dict[str, str] = field(default_factory=dict)
     """Environment that whoever makes the pod adds to that of its template."""
-    labels: dict[str, str] = field(default_factory=dict)
-    """Those that whoever makes the pod adds."""
     network: str = ""
     """Namespace that its address is in, this machine's own by default."""
     process: subprocess.Popen | None = None
@@ -113,7 +111,7 @@ class LocalPod:
     def environment(self, container: dict) -> dict[str, str]:
         """As the kubelet makes it."""
         made = {}
-        labels = self.template["metadata"]["labels"] | self.labels
+        labels = self.template["metadata"]["labels"]
         for variable in container["env"]:
             source = variable.get("valueFrom", {})
             if "secretKeyRef" in source:
@@ -300,7 +298,6 @@ class LocalRelease:
         name: str,
         template: dict,
         injected: dict[str, str] | None = None,
-        labels: dict[str, str] | None = None,
         place: tuple[str, str] | None = None,
     ) -> list[LocalPod]:
         """One more pod; its containers, of which the first has what is injected. `place` is an
@@ -312,9 +309,8 @@ class LocalRelease:
             key = f"{name}/{container['name']}" if number else name
             given = (injected or {}) if number == 0 else {}
             self.pods[key] = LocalPod(
-                name, address, template, self.folder / name, self, number, given, labels or {},
-                network,
-            )  # fmt: skip
+                name, address, template, self.folder / name, self, number, given, network
+            )
             added.append(self.pods[key])
         return added
 

@@ -11,6 +11,11 @@ UID = "00000000-0000-4000-8000-000000000001"
 """Of the RayCluster, by which its part of Redis is called."""
 OVERWRITE = "ray.io/overwrite-container-cmd"
 REDIS_ADDRESS = "RAY_REDIS_ADDRESS"
+OWNER = "ray.io/originated-from-crd"
+OF_RAYSERVICE = {
+    "RAY_SERVE_KV_TIMEOUT_S": "5", "RAY_gcs_server_request_timeout_seconds": "5",
+    "RAY_timeout_ms_task_wait_for_death_info": "0",
+}  # fmt: skip
 SHELL = ["/bin/bash", "-c", "--"]
 WAIT_FOR_HEAD = "until ray health-check --address {address}; do sleep 1; done"
 
@@ -101,6 +106,8 @@ def _environment(cluster: dict, is_head: bool, host: str) -> list[dict]:
     """What it adds to the first container's."""
     redis = cluster["spec"].get("gcsFaultToleranceOptions", {})
     texts = {"RAY_PORT": GCS_PORT, "RAY_USAGE_STATS_KUBERAY_IN_USE": "1"}
+    if cluster["metadata"].get("labels", {}).get(OWNER) == "RayService":
+        texts |= OF_RAYSERVICE
     if is_head:
         texts["RAY_ADDRESS"] = f"127.0.0.1:{GCS_PORT}"
     else:

@@ -214,6 +214,9 @@ spec:
         - --log-format=json
       env:
         {{- include "quire.rayEnv" . | nindent 8 }}
+        # the head beside it, not what Ray finds by looking around
+        - name: RAY_ADDRESS
+          value: $(POD_IP):6379
         {{- include "quire.tokenEnv" . | nindent 8 }}
         {{- if $service }}
         - name: RAY_CLUSTER_NAME
