@@ -175,12 +175,12 @@ def test_four_ranks_on_two_hosts_give_the_tokens_of_one_process(fleet, four_head
 
 def test_a_refused_replica_holds_no_place_on_any_host(fleet) -> None:
     fleet.ask("scale", {"four": 0, "wide": 0, "whole": 0, "small": 1})
-    wait_until(lambda: has_places(fleet), 60, "it is placed")
-    wait_until(lambda: fleet.pods()["small-0"].state == "refused", 120, "it is refused")
+    wait_until(lambda: has_places(fleet), "it is placed", 60)
+    wait_until(lambda: fleet.pods()["small-0"].state == "refused", "it is refused", 120)
     pod = fleet.pods()["small-0"]
     assert "--kv-cache-memory-bytes" in pod.reason
     assert (pod.pid, pod.address, pod.restarts) == (0, "", 0)
-    wait_until(lambda: not has_places(fleet), 60, "its places are given back")
+    wait_until(lambda: not has_places(fleet), "its places are given back", 60)
     assert [host.pids("quire-0/test/small") for host in fleet.hosts.values()] == [[]] * 7
     print(f"refused: {pod.reason}")
 
