@@ -155,7 +155,7 @@ class _Ending:
 async def _run(
     coordinator: Coordinator, service: CoordinatorService, ray: RayCluster, ending: _Ending
 ) -> int:
-    stop = asyncio.create_task(ending.wait(coordinator.nothing_left))
+    stop = asyncio.create_task(ending.wait(coordinator.refused.everyone))
     working = asyncio.create_task(_work(coordinator, service, ray))
     await asyncio.wait((stop, working), return_when=asyncio.FIRST_COMPLETED)
     if working.done():
