@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,11 +50,17 @@ class Status:
 def open_socket(listen: str, port: int) -> socket.socket:
     """Beside the gRPC address `listen`, on its host; a Unix socket's neighbour is loopback.
 
-    Raises OSError.
+    Raises OSError naming the port.
     """
     host = host_of(listen) or LOCAL
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        said = os.strerror(error.errno or 0)
+        raise OSError(
+            f"port {port} of {host} cannot be listened on ({said}): give another http-port, or 0"
+        ) from None
 
 
 async def serve_status(status: Status, sock: socket.socket) -> None:

@@ -14,7 +14,6 @@ import logging
 import os
 import socket
 import time
-from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from quire.coordinator import assignments
 from quire.coordinator.joining import RayError
 from quire.coordinator.placement import HeadAway, Unreachable
 from quire.coordinator.reconcile import Place, Seen, SetRole, State, Stop, decide
+from quire.coordinator.refusals import Refusals
 from quire.coordinator.replica import Replica
 from quire.coordinator.room import Refused, check_room
 from quire.coordinator.supervisor import StaleTerm
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from quire.coordinator.placement import RayCluster
     from quire.coordinator.reconcile import Action, Wanted
     from quire.coordinator.state import Record, StateFolder
-    from quire.coordinator.supervisor import Report
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +65,7 @@ class Coordinator:
         address. Raises StateError."""
         self.fleet = fleet
         self.replicas: dict[str, Replica] = {}
-        self.refused: dict[str, Report] = {}
-        """Pod -> last word of an engine that would refuse its options again; it has no place."""
+        self.refused = Refusals()
         self.head_problem = ""
         self._cluster, self._folder, self._leads, self._drain = cluster, folder, leads, drain
         self._record: Record = folder.read()
@@ -77,8 +75,6 @@ class Coordinator:
         self._drains: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
-        self._spent = asyncio.Event()
-        """Nothing serves, and nothing will."""
 
     # ---- what there should be
 
@@ -98,11 +94,6 @@ class Coordinator:
         """Pod -> what it should be."""
         every = assignments.wanted(self.fleet, self.numbers, self._record.roles)
         return {want.name: want for want in every}
-
-    def _holding(self) -> dict[str, int]:
-        """Pool -> replicas that have a place, or wait for one: those that were refused do not."""
-        refused = Counter(pod.rpartition("-")[0] for pod in self.refused)
-        return {name: number - refused[name] for name, number in self.numbers.items()}
 
     # ---- the loop
 
@@ -150,7 +141,7 @@ class Coordinator:
                     looked = time.monotonic()
                     await self._check_leader()
                 await self._ask_all()
-                self._note_refusals()
+                self.refused.note(self.replicas, self.wanted)
                 self._publish()
                 for action in decide(self.wanted.values(), self._seen(), self.refused):
                     self._act(action)
@@ -195,18 +186,6 @@ class Coordinator:
         except Unreachable as error:
             one.answers = False
             logger.debug("supervisor of %s: %s", pod, error)
-
-    def _note_refusals(self) -> None:
-        wanted = self.wanted
-        for pod, one in self.replicas.items():
-            if one.state is State.REFUSED and one.report is not None and pod not in self.refused:
-                logger.error("%s is refused: %s", pod, one.report.reason)
-                self.refused[pod] = one.report
-        for pod, report in tuple(self.refused.items()):
-            if pod not in wanted or report.digest != wanted[pod].digest:
-                del self.refused[pod]
-        if self.refused and self.refused.keys() == wanted.keys():
-            self._spent.set()
 
     def _seen(self) -> dict[str, Seen]:
         return {
@@ -272,12 +251,6 @@ class Coordinator:
         """Have `changed` return."""
         self._changed.set()
         self._changed = asyncio.Event()
-
-    async def nothing_left(self) -> str:
-        """Return once every replica is refused, with what to change."""
-        await self._spent.wait()
-        pod, report = min(self.refused.items())
-        return f"{pod} is refused: {report.reason}"
 
     async def changed(self) -> None:
         """Return with the next topology."""
@@ -371,9 +344,11 @@ class Coordinator:
             raise Refused(
                 f"no pool is called {unknown[0]}; there are {', '.join(self.fleet.pools)}"
             )
-        again = [pod for pod in self.refused if pod.rpartition("-")[0] in numbers]
+        again = self.refused.of_pools(numbers)
         if again or any(number > self.numbers[name] for name, number in numbers.items()):
-            await check_room(self.fleet, self._cluster, self._holding() | dict(numbers))
+            await check_room(
+                self.fleet, self._cluster, self.refused.beside(self.numbers) | dict(numbers)
+            )
         self._write(replicas=self._record.replicas | dict(numbers))
         for pod in again:
             self.refused.pop(pod, None)

@@ -34,6 +34,8 @@ from quire.telemetry.instruments import new_registry, render
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    import grpc
+
     from quire.config.fleet import Fleet
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ async def serve(
         )
         service = CoordinatorService(coordinator, ray)
         coordinator_pb2_grpc.add_CoordinatorServicer_to_server(service, server)
-        network.bind(server, fleet.coordinator.listen)
+        _listen(network, server, fleet.coordinator.listen)
         status = _serve_status(fleet, service)
         await server.start()
         try:
@@ -77,7 +79,7 @@ async def serve(
     except (StateError, Refused, RayError) as error:
         return _cannot(str(error))
     except OSError as error:
-        return _cannot(f"{error}; give the coordinator another --listen address")
+        return _cannot(f"the coordinator cannot serve: {error}")
     except Deposed as error:
         print(f"{PREFIX}{error}", file=sys.stderr, flush=True)
         return DEPOSED
@@ -87,6 +89,14 @@ async def serve(
         await server.stop(STOP_GRACE_S)
         ray.disconnect()
         folder.close()
+
+
+def _listen(network: Cluster, server: grpc.aio.Server, address: str) -> None:
+    """Raises OSError with what to change."""
+    try:
+        network.bind(server, address)
+    except OSError as error:
+        raise OSError(f"{error}; give the fleet another address as listen") from None
 
 
 def _serve_status(fleet: Fleet, service: CoordinatorService) -> asyncio.Task[None] | None:
@@ -145,7 +155,7 @@ class _Ending:
 async def _run(
     coordinator: Coordinator, service: CoordinatorService, ray: RayCluster, ending: _Ending
 ) -> int:
-    stop = asyncio.create_task(ending.wait(coordinator.nothing_left))
+    stop = asyncio.create_task(ending.wait(coordinator.refused.everyone))
     working = asyncio.create_task(_work(coordinator, service, ray))
     await asyncio.wait((stop, working), return_when=asyncio.FIRST_COMPLETED)
     if working.done():

@@ -346,7 +346,7 @@ async def test_that_every_replica_is_refused_is_told_with_what_to_change(tmp_pat
     cluster.refusing = {"p-1": "no such dtype: give another"}
     async with running(tmp_path, cluster=cluster) as world:
         await world.until(lambda: set(world.coordinator.refused) == {"p-1"})
-        told = asyncio.create_task(world.coordinator.nothing_left())
+        told = asyncio.create_task(world.coordinator.refused.everyone())
         await asyncio.sleep(0.1)
         assert not told.done()
         cluster.reports["p-0"] = replace(
