@@ -122,6 +122,7 @@ def is_ready_as_by_a_kubelet(pod: LocalPod) -> bool:
     return pod.probe("readinessProbe")
 
 
+@pytest.mark.slow
 def test_a_head_made_anew_finds_its_cluster_in_redis_and_streams_do_not_notice(release) -> None:
     before = generated(release)
     stream = Stream(release, LONG).start()

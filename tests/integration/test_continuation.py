@@ -42,7 +42,9 @@ def reference():
         yield server
 
 
-@pytest.fixture(scope="module", params=FLEETS)
+@pytest.fixture(
+    scope="module", params=[pytest.param("equal", marks=pytest.mark.slow), "disaggregated"]
+)
 def server(request, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     flags = (*ENGINE, "--worker-silence", "1.5", *FLEETS[request.param])

@@ -27,7 +27,7 @@ CELLS = [
         ("tcp", ()),
         ("grpc", ()),
         ("nixl", ()),
-        ("nixl over tcp", ()),
+        ("nixl over tcp", pytest.mark.slow),
         ("nixl over shared memory", pytest.mark.slow),
     )
     for dtype in ("float32", "bfloat16")

@@ -207,7 +207,7 @@ def test_a_degree_that_does_not_fit_starts_nothing(checkpoint) -> None:
 
 
 def test_a_cache_too_small_on_every_rank_is_one_line_for_the_user(checkpoint) -> None:
-    with pytest.raises(ValueError, match=r"use --max-model-len .* or less, or give"):
+    with pytest.raises(ValueError, match=r"\): give --kv-cache-memory-bytes \d+ or more"):
         load(checkpoint(GQA), tensor_parallel_size=2, kv_cache_memory_bytes=4096)
 
 
