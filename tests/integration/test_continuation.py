@@ -28,7 +28,7 @@ FLEETS = {
     ),
 }  # fmt: skip
 RNG_SEED = 11
-LONGEST_S = 40
+LONGEST_S = 80
 """For a fault to have had its effect."""
 numbers = itertools.count()
 CONTINUED = re.compile(
@@ -76,9 +76,11 @@ async def disturb(server, how: str, rng: random.Random, has_effect) -> int:
     count = 0
     async with asyncio.timeout(LONGEST_S):
         while not (count > 1 and await asyncio.to_thread(has_effect)):
-            await asyncio.sleep(rng.uniform(0.3, 1.0))
+            await asyncio.sleep(0.3)
             if await asyncio.to_thread(up, server) < 2:
                 continue
+            # until the router knows both again, prompts are computed where they are decoded
+            await asyncio.sleep(rng.uniform(1.0, 2.5))
             count += 1
             victim = server.worker_pid(count % 2)  # a decode worker first, then the other
             os.kill(victim, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
