@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 HEAD_TIMEOUT_S = 8.0
 REPORT_TIMEOUT_S = 2.0
 COMMAND_TIMEOUT_S = 10.0
@@ -193,7 +195,7 @@ class RayCluster:
                 self._reports.pop(key, None)
             elif time.monotonic() - since > SUPERVISOR_SILENCE_S:
                 self._reports[key] = asked, time.monotonic()
-                self._head.submit(actors.start_again, actor)
+                self._head.submit(_start_again, pod, actor)
         return report
 
     async def set_role(self, pod: str, term: int, role: str) -> None:
@@ -325,3 +327,12 @@ def _missing(path: str, labels: Mapping[str, str]) -> list[str]:
 
 def _exists(path: str) -> bool:
     return Path(path).exists()
+
+
+def _start_again(pod: str, actor: Any) -> None:
+    """Where nobody waits for what comes of it: it is asked for again after as long a silence."""
+    logger.warning("the supervisor of %s is silent: Ray is asked to start it again", pod)
+    try:
+        actors.start_again(actor)
+    except Exception as error:  # noqa: BLE001 (Ray's own kinds, the head's absence among them)
+        logger.warning("the supervisor of %s cannot be started again: %s", pod, error)

@@ -25,6 +25,7 @@ class Refusals(dict[str, Report]):
     def __init__(self) -> None:
         super().__init__()
         self._is_everyone = asyncio.Event()
+        self._first = ""
 
     def note(self, replicas: Mapping[str, Replica], wanted: Mapping[str, Wanted]) -> None:
         """Take in what replicas say; forget those that are to be something else now."""
@@ -36,6 +37,8 @@ class Refusals(dict[str, Report]):
             if pod not in wanted or report.digest != wanted[pod].digest:
                 del self[pod]
         if self and self.keys() == wanted.keys():
+            first = min(self)
+            self._first = f"{first} is refused: {self[first].reason}"
             self._is_everyone.set()
 
     def of_pools(self, pools: Container[str]) -> list[str]:
@@ -50,5 +53,4 @@ class Refusals(dict[str, Report]):
     async def everyone(self) -> str:
         """Return once every replica is refused, with what to change."""
         await self._is_everyone.wait()
-        pod, report = min(self.items(), key=lambda each: each[0])
-        return f"{pod} is refused: {report.reason}"
+        return self._first

@@ -118,14 +118,13 @@ class NixlChannel:
         agent = self._transport.agent
         try:
             self._target, drained = await self._transport.run(agent.attach, landing)
+            self._introduce(drained=drained)
+            self._credits.extend(range(self._target.num_slots))
+            self._changed.set()
+            if not drained:
+                await self._wait_drained(self._target)
         except Exception as error:  # noqa: BLE001 (the library raises its own kinds)
             self._end(f"cannot write to the peer: {error}")
-            return
-        self._introduce(drained=drained)
-        self._credits.extend(range(self._target.num_slots))
-        self._changed.set()
-        if not drained:
-            await self._wait_drained(self._target)
 
     async def _wait_drained(self, target: Target) -> None:
         """Say so once it is: what the peer holds in quarantine waits for this word."""
